@@ -1,0 +1,1 @@
+"""Evaluation scripts: `python -m eval.reconstruction`, `python -m eval.generation`. What they compute lives in `vistok.metrics`."""

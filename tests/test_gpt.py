@@ -1,0 +1,297 @@
+import pytest
+import torch
+
+import vistok
+from vistok import rng
+from vistok.data.shards import TokenFolder, TokenPlan, TokenShards
+from vistok.decoding import SamplingConfig, generate
+from vistok.generators import GPT
+from vistok.generators.condition import fnv1a, hash_captions, split_words
+from vistok.layers.rope import rope_table, rotate
+from vistok.tokens import TokenLayout, VisualTokens
+from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenLoader, read_batch, token_loss
+
+KINDS = {
+    "grid": dict(layout_shape=(4, 4)),
+    "sequence": dict(layout_kind="sequence", layout_shape=(12,)),
+    "llamagen": dict(layout_shape=(4, 4), condition_attention="uniform"),
+}
+CAPTIONS = ["noto: red apple", "", "twemoji: grinning cat"]
+
+
+def make(kind="grid", **overrides):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return vistok.create("gpt-tiny", **{**KINDS[kind], "num_classes": 3, "text": "hash", **overrides}).eval()
+
+
+def three(model):
+    return model.make_condition(3, labels=[0, 1, 2], captions=CAPTIONS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_cache_gives_the_same_logits(kind):
+    model = make(kind)
+    ids = torch.randint(200, (3, model.max_tokens - 1), generator=torch.Generator().manual_seed(0))
+    expected = model(ids, three(model))
+    cache = model.new_cache(3)
+    parts = [model(ids[:, :2], three(model), cache=cache), model(ids[:, 2:7], cache=cache)]
+    parts += [model(ids[:, n : n + 1], cache=cache) for n in range(7, ids.shape[1])]
+    assert expected.shape == (3, model.max_tokens, 200)
+    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_rolled_back_tokens_leave_no_trace():
+    model = make()
+    ids = torch.arange(12).view(1, 12)
+    condition = three(model)[:1]
+    cache = model.new_cache(1)
+    model(ids[:, :4], condition, cache=cache)
+    length = cache.length
+    model(ids[:, 7:10], cache=cache)
+    cache.rollback(length)
+    assert torch.allclose(model(ids[:, 4:5], cache=cache)[:, 0], model(ids[:, :5], condition)[:, -1], atol=1e-5)
+    with pytest.raises(ValueError, match="cannot go back"):
+        cache.rollback(cache.length + 1)
+
+
+def test_a_full_cache_says_so():
+    model = make()
+    cache = model.new_cache(1, 2)
+    with pytest.raises(ValueError, match="do not fit"):
+        model(torch.zeros(1, 3, dtype=torch.int64), three(model)[:1], cache=cache)
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one():
+    model = make()
+    ids = torch.randint(200, (3, 15), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, 9:] = 0
+    difference = (model(ids, three(model)) - model(changed, three(model))).abs().amax((0, 2))
+    assert difference[:10].max() == 0
+    assert difference[10:].min() > 0
+
+
+def test_rotary_products_depend_on_distance_only_and_zero_rows_score_zero():
+    cells = torch.tensor([[0, 0], [1, 2], [3, 1], [4, 3], [7, 4]])
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
+    table = rope_table(cells, 16)
+    turned_q, turned_k = rotate(q.expand(1, 1, 5, 16), table)[0, 0], rotate(k.expand(1, 1, 5, 16), table)[0, 0]
+    scores = turned_q @ turned_k.T
+    assert torch.allclose(scores[0, 1], scores[2, 3], atol=1e-5)  # both one row and two columns apart
+    assert rotate(q, torch.zeros(1, 8, 2)).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_does_not_depend_on_its_batch(kind):
+    model = make(kind)
+    sampling = SamplingConfig(top_k=50, temperature=0.9)
+    tokens, stats = generate(model, three(model), generators=rng.image_generators(5, 3), sampling=sampling, guidance_scale=2.0)
+    assert stats.target_passes == model.max_tokens and stats.num_tokens == 3 * model.max_tokens
+    for i in range(3):
+        alone, _ = generate(model, three(model)[i : i + 1], generators=rng.image_generators(5, [i]), sampling=sampling, guidance_scale=2.0)
+        assert torch.equal(alone.ids[0], tokens.ids[i])
+
+
+def test_fewer_tokens_are_a_prefix_of_more():
+    model = make("sequence")
+    more, _ = generate(model, three(model), generators=rng.image_generators(0, 3))
+    fewer, _ = generate(model, three(model), generators=rng.image_generators(0, 3), num_tokens=5)
+    assert torch.equal(fewer.ids, more.truncate(5).ids)
+    with pytest.raises(ValueError, match="1 to 12 tokens"):
+        generate(model, three(model), generators=rng.image_generators(0, 3), num_tokens=13)
+
+
+@torch.no_grad()
+def test_guided_greedy_tokens_are_those_of_the_formula():
+    model = make()
+    condition, greedy = three(model), SamplingConfig(temperature=0)
+    schedule = lambda n: 3.0 if n < 6 else 1.0  # noqa: E731
+    made, _ = generate(model, condition, generators=rng.image_generators(0, 3), sampling=greedy, guidance_scale=schedule)
+    ids = torch.empty(3, 0, dtype=torch.int64)
+    for n in range(model.max_tokens):
+        c, u = model(ids, condition)[:, -1], model(ids, condition.null())[:, -1]
+        ids = torch.cat([ids, (u + schedule(n) * (c - u)).argmax(-1, keepdim=True)], 1)
+    assert torch.equal(made.ids, ids)
+
+
+def test_guidance_of_one_is_plain_sampling_without_a_second_half():
+    model = make()
+    rows = []
+    hook = model.embedding.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    plain, _ = generate(model, three(model), generators=rng.image_generators(0, 3))
+    by_function, _ = generate(model, three(model), generators=rng.image_generators(0, 3), guidance_scale=lambda n: 1.0)
+    hook.remove()
+    assert set(rows) == {3}
+    assert torch.equal(plain.ids, by_function.ids)
+
+
+def test_captions_become_words_and_trigrams_that_never_change():
+    assert fnv1a("foobar") == 0x85944171F73967E8  # from the FNV authors' test suite
+    assert split_words("Noto: Red apple, \u2764!") == ["noto:", "red", "apple", "\u2764"]
+    words = hash_captions(["red apple", ""], buckets=100, min_words=4)
+    assert words.shape == (2, 4, 16)
+    assert (words[0, :, 0] >= 0).tolist() == [True, True, False, False] and words[1].max() == -1
+    assert words[0, 0].tolist()[:4] == [fnv1a(text) % 100 for text in ("word red", "tri <re", "tri red", "tri ed>")]
+
+
+@torch.no_grad()
+def test_every_part_of_the_condition_reaches_the_tokens():
+    model = make()
+    start = torch.empty(1, 0, dtype=torch.int64)
+
+    def logits(**condition):
+        return model(start, model.make_condition(1, **condition))
+
+    assert not torch.allclose(logits(labels=[0]), logits(labels=[1]))
+    assert not torch.allclose(logits(captions=["red apple"]), logits(captions=["green apple"]))
+    assert torch.equal(logits(captions=["red apple"], labels=[-1]), logits(captions=["Red Apple"]))
+    assert torch.equal(logits(captions=[""]), logits())
+    dropped = model.make_condition(1, labels=[0], captions=["red apple"]).null()
+    assert torch.equal(model(start, dropped), logits())
+    long = " ".join(["word"] * 20)
+    assert not torch.equal(logits(captions=[long + " cat"]), logits(captions=[long + " dog"]))  # beyond the slots, through the bag
+
+
+def test_conditions_the_model_was_not_built_for_are_errors():
+    with pytest.raises(ValueError, match="no classes"):
+        make(num_classes=0).make_condition(1, labels=[0])
+    with pytest.raises(ValueError, match="reads none"):
+        make(text="none").make_condition(1, captions=["cat"])
+    with pytest.raises(ValueError, match=r"\[0, 3\)"):
+        make().make_condition(1, labels=[3])
+
+
+def test_an_unconditional_model_generates_with_guidance():
+    model = make(num_classes=0, text="none")
+    tokens, _ = generate(model, model.make_condition(2), generators=rng.image_generators(0, 2), guidance_scale=2.0)
+    assert tokens.ids.shape == (2, 16)
+
+
+def test_a_saved_generator_is_the_same_generator(tmp_path):
+    model = make(classes=("a", "b", "c"))
+    model.save_pretrained(tmp_path)
+    again = vistok.load(tmp_path)
+    ids = torch.zeros(3, 4, dtype=torch.int64)
+    assert isinstance(again, GPT) and again.settings == model.settings
+    assert torch.equal(again(ids, three(again)), model(ids, three(model)))
+
+
+def test_gpt_b_has_the_size_of_llamagen_b():
+    with torch.device("meta"):
+        assert round(sum(p.numel() for p in vistok.create("gpt-b").parameters()) / 1e6) == 111
+
+
+# training
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight images of 12 tokens, the last of them with 5, and their mirrored versions."""
+    layout = TokenLayout("sequence", (12,))
+    ids = torch.randint(200, (16, 12), generator=torch.Generator().manual_seed(3))
+    counts = torch.full((8,), 12)
+    counts[-1] = 5
+    plan = TokenPlan(
+        num_images=8, num_tokens=12, codebook_size=200, layout=layout, tokenizer_digest="", classes=("a", "b", "c"), has_flips=True
+    )
+    names = [f"image {i}" for i in range(8)]
+    TokenShards(tmp_path / "tokens", plan).write(
+        0,
+        VisualTokens.from_ids(ids[:8], layout, counts),
+        labels=[i % 3 for i in range(8)],
+        captions=[f"noto: thing {i}" for i in range(8)],
+        names=names,
+        flipped=VisualTokens.from_ids(ids[8:], layout, counts.clone()),
+    )
+    return TokenFolder(tmp_path / "tokens")
+
+
+def test_the_loader_is_a_function_of_the_position(folder):
+    whole = iter(TokenLoader(folder, batch_size=6, seed=1, flip=True))
+    batches = [next(whole) for _ in range(4)]
+    resumed = next(iter(TokenLoader(folder, batch_size=6, seed=1, flip=True, start=12)))
+    assert torch.equal(resumed.ids, batches[2].ids) and resumed.captions == batches[2].captions
+    shares = [next(iter(TokenLoader(folder, batch_size=6, seed=1, flip=True, rank=r, world_size=2))) for r in range(2)]
+    assert torch.equal(torch.stack([s.ids for s in shares], 1).flatten(0, 1), batches[0].ids)
+    rows = [row.tolist() for batch in batches for row in batch.ids]
+    assert any(row in folder.flipped_ids.tolist() for row in rows) and any(row in folder.ids.tolist() for row in rows)
+
+
+def test_padding_counts_nowhere_and_images_count_equally(folder):
+    logits = torch.randn(8, 12, 200, generator=torch.Generator().manual_seed(0))
+    ids = folder.read(range(8)).ids
+    loss, plain, _ = token_loss(logits, ids)
+    logits[-1, 5:] = 1e4
+    assert torch.allclose(token_loss(logits, ids)[0], loss) and torch.equal(loss, plain)
+    expected = sum(
+        torch.nn.functional.cross_entropy(logits[i, :n], ids[i, :n], label_smoothing=0.1) for i, n in enumerate(folder.counts.tolist())
+    )
+    assert torch.allclose(token_loss(logits, ids, label_smoothing=0.1)[0], expected / 8)
+
+
+def test_what_is_dropped_depends_on_the_sample_alone(folder):
+    model = make("sequence")
+    task = GeneratorTask(model, GeneratorTaskConfig(dropout=0.2, token_dropout=0.3, condition_dropout=0.4)).train()
+    task.on_start(folder)
+    loss = lambda rows: task(read_batch(folder, rows), rng.image_generators(0, rows), 0)[0]  # noqa: E731
+    together, alone = loss([0, 3, 5]), torch.stack([loss([i]) for i in (0, 3, 5)]).mean()
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.equal(loss([0, 3, 5]), together)
+    inputs, condition, keep = task.corrupt(read_batch(folder, range(8)), rng.image_generators(0, 8))
+    assert 0 < (inputs != folder.read(range(8)).ids[:, :11].clamp(min=0)).float().mean() < 0.5
+    assert keep.shape == (2, 2, 8, 1, 64) and (condition.labels == -1).any() and (condition.labels >= 0).any()
+
+
+def test_tokens_that_do_not_fit_the_generator_are_refused(folder):
+    with pytest.raises(ValueError, match="was built for"):
+        GeneratorTask(make("grid")).on_start(folder)
+    with pytest.raises(ValueError, match="num_classes=2"):
+        GeneratorTask(make("sequence", num_classes=2)).on_start(folder)
+
+
+def test_a_hundred_steps_learn_eight_sequences_by_heart(folder):
+    task = GeneratorTask(
+        make("sequence"), GeneratorTaskConfig(condition_dropout=0.0, class_dropout=0.0, caption_dropout=0.0), held_out=folder
+    )
+    task.on_start(folder)
+    task.train()
+    optimizer = torch.optim.AdamW(task.parameters(), lr=3e-3)
+    batches = iter(TokenLoader(folder, batch_size=8, seed=0))
+    for step in range(100):
+        batch = next(batches)
+        loss, logs = task(batch, rng.image_generators(0, batch.positions.tolist()), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1 and logs["accuracy"] > 0.99
+    task.eval()
+    assert task.held_out_loss() < 0.1
+    model, batch = task.model, read_batch(folder, range(7))
+    made, _ = generate(model, task.condition(batch), generators=rng.image_generators(0, 7), sampling=SamplingConfig(temperature=0))
+    assert torch.equal(made.ids, batch.ids)
+
+
+@pytest.mark.slow
+def test_captions_are_read_through_a_transformers_model(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = tmp_path / "text"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "noto", ":", "thing", *map(str, range(8))]
+    source.mkdir()
+    (source / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=len(words))
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(source)
+    task = GeneratorTask(make("sequence", text=str(source), caption_tokens=6, caption_width=16)).eval()
+    task.on_start(folder)
+    first, second = (task.condition(read_batch(folder, [i])) for i in (0, 1))
+    start = torch.empty(1, 0, dtype=torch.int64)
+    assert not torch.allclose(task.model(start, first.drop(torch.ones(1).bool(), torch.zeros(1).bool())), task.model(start, first))
+    only_captions = [condition.drop(torch.tensor([True]), torch.tensor([False])) for condition in (first, second)]
+    assert not torch.allclose(*[task.model(start, condition) for condition in only_captions])
+    loss, _ = task.train()(read_batch(folder, range(8)), rng.image_generators(0, 8), 0)
+    loss.backward()
+    assert task.model.prefix.caption.mlp[0].weight.grad.abs().sum() > 0

@@ -1,0 +1,97 @@
+"""The plain decoding loop: one token at a time, one pass of the model each.
+
+    guided = unconditional + s (conditional - unconditional)        s = 1: no guidance, and no unconditional rows are computed
+
+B images, N tokens, K codebook size.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vistok import rng
+from vistok.decoding.sampling import SamplingConfig, sample, warp
+from vistok.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What a generation cost. Stats of several batches add up.
+
+    target_passes: passes of the model, a doubled batch counts once. seconds: wall time of the loop, without decoding to pixels.
+    decode_seconds: wall time of decoding tokens to pixels, where that was done too.
+    """
+
+    num_images: int
+    num_tokens: int
+    """Tokens made, over all images."""
+    target_passes: int
+    seconds: float
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / max(self.seconds, 1e-9)
+
+    def __add__(self, other: "GenerationStats") -> "GenerationStats":
+        return GenerationStats(
+            self.num_images + other.num_images,
+            self.num_tokens + other.num_tokens,
+            self.target_passes + other.target_passes,
+            self.seconds + other.seconds,
+            self.decode_seconds + other.decode_seconds,
+        )
+
+
+@torch.no_grad()
+def generate(
+    model,
+    condition,
+    *,
+    generators: Sequence[torch.Generator],
+    num_tokens: int | None = None,
+    sampling: SamplingConfig | None = None,
+    guidance_scale: float | Callable[[int], float] = 1.0,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> tuple[VisualTokens, GenerationStats]:
+    """Tokens of B images, one image a generator.
+
+    condition: of the B images (`model.make_condition`). num_tokens: k, all by default; fewer are a prefix of what more would be.
+    guidance_scale: s, or a function of the step. The unconditional rows are dropped behind the last step with s other than 1.
+    on_step: called with the step and all ids so far [B, step + 1] after each token.
+    Every generator is advanced by `model.max_tokens` uniforms whatever num_tokens is; image i depends on its own alone.
+    Raises ValueError: num_tokens is out of range, or the model is in training mode.
+    """
+    B, N = len(generators), model.max_tokens if num_tokens is None else num_tokens
+    if isinstance(N, bool) or not isinstance(N, int) or not 1 <= N <= model.max_tokens:
+        raise ValueError(f"num_tokens={num_tokens!r} but this generator makes 1 to {model.max_tokens} tokens")
+    if model.training:
+        raise ValueError("the generator is in training mode; call .eval() first")
+    sampling = sampling or SamplingConfig()
+    scales = [float(guidance_scale(n) if callable(guidance_scale) else guidance_scale) for n in range(N)]
+    guided_steps = max((n + 1 for n, scale in enumerate(scales) if scale != 1), default=0)
+
+    began = time.perf_counter()
+    uniforms = rng.rand((model.max_tokens,), generators, device=model.device, dtype=torch.float64)
+    rows = 2 * B if guided_steps else B
+    cache = model.new_cache(rows, N)
+    ids = torch.empty(B, N, dtype=torch.int64, device=model.device)
+    new, start = ids.new_empty(rows, 0), condition.and_null() if guided_steps else condition
+    for n in range(N):
+        if rows > B and n == guided_steps:
+            rows, new = B, new[:B]
+            cache.keep_rows(B)
+        logits = model(new, start, cache=cache)[:, -1].float()
+        if rows > B:
+            conditional, unconditional = logits.chunk(2)
+            logits = conditional if scales[n] == 1 else unconditional + scales[n] * (conditional - unconditional)
+        ids[:, n] = sample(warp(logits, sampling).softmax(-1), uniforms[:, n])
+        new, start = ids[:, n : n + 1].repeat(rows // B, 1), None
+        if on_step is not None:
+            on_step(n, ids[:, : n + 1])
+    ids.sum().item()  # wait for the device, so that seconds means something
+    stats = GenerationStats(B, B * N, N, time.perf_counter() - began)
+    return VisualTokens.from_ids(ids, model.layout), stats

@@ -1,0 +1,284 @@
+"""GPT: predict the next visual token from the condition and the tokens before it.
+
+Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (LlamaGen, arXiv 2406.06525), the network;
+over any tokenizer's ids: a grid in raster order, or a 1D sequence of which every prefix is an image (FlexTok, arXiv 2502.13967).
+
+    sequence = [condition tokens (P)] [token 0] [token 1] ...        the output at token n-1, or at the last condition token, predicts token n
+    x = x + attention(rmsnorm(x));  x = x + swiglu(rmsnorm(x));  logits = head(rmsnorm(x))        no biases
+    positions: 2D rotary on a grid, learned absolute on a sequence
+
+B images, N tokens, T tokens given, P prefix tokens, D width, h heads, d = D / h, L layers, K codebook size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vistok.generators.condition import NULL, Condition, ConditionPrefix, hash_captions
+from vistok.layers.attention import Attention
+from vistok.layers.kv_cache import KVCache
+from vistok.layers.mlp import SwiGLU
+from vistok.layers.rope import rope_table, rotate
+from vistok.modeling import VisualModel
+from vistok.registry import register
+from vistok.tokens import TokenLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Shape of the generator and of what it is conditioned on."""
+
+    codebook_size: int = 1000
+    """K of the tokenizer."""
+    layout_kind: Literal["grid", "sequence"] = "grid"
+    """Where the tokenizer's tokens sit; decides the positions: rotary on a grid, learned on a sequence."""
+    layout_shape: tuple[int, ...] = (8, 8)
+    """(h, w) of a grid, (N,) of a sequence."""
+    max_tokens: int = 0
+    """Tokens predicted, from the first on; 0 means all of the layout."""
+    width: int = 192
+    """D."""
+    depth: int = 4
+    """L."""
+    num_heads: int = 6
+    """h."""
+    hidden: int = 0
+    """Width inside the feed-forward layers; 0 means 8/3 of the width, rounded up to a multiple of 256."""
+    num_classes: int = 0
+    """Classes a picture can be asked of; 0 means no class token."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, if they have names."""
+    text: str = "none"
+    """How captions are read: "none", "hash" (words and trigrams hashed into a table), or a transformers text model, by folder or hub id."""
+    caption_tokens: int = 8
+    """Tokens of a caption: words, besides the token for all of them, with "hash"; the text model's tokens otherwise."""
+    caption_width: int = 0
+    """Width of the text model's features; not used by "hash"."""
+    caption_buckets: int = 4096
+    """Rows of the table of "hash"."""
+    condition_attention: Literal["learned", "uniform"] = "learned"
+    """On a grid: "learned" leaves condition tokens unrotated; "uniform" zeroes their queries and keys, as LlamaGen's weights expect."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon of the norms."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "layout_shape", tuple(self.layout_shape))
+        object.__setattr__(self, "classes", tuple(self.classes))
+        full = self.layout.num_tokens
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
+        if not 0 <= self.max_tokens <= full:
+            raise ValueError(f"max_tokens={self.max_tokens} but the layout {self.layout_shape} has {full} tokens")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} class names for num_classes={self.num_classes}")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("two classes have the same name")
+        if self.text not in ("none", "hash") and self.caption_width < 1:
+            raise ValueError(f"text={self.text!r} needs caption_width, the width of that model's features")
+        for name in ("codebook_size", "depth", "num_heads", "caption_tokens", "caption_buckets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Where the tokens of a full image sit."""
+        return TokenLayout(self.layout_kind, self.layout_shape)
+
+    @property
+    def num_tokens(self) -> int:
+        """N: the most tokens the model predicts."""
+        return self.max_tokens or self.layout.num_tokens
+
+    @property
+    def hidden_width(self) -> int:
+        """Width inside the feed-forward layers."""
+        return self.hidden or -(-int(self.width * 8 / 3) // 256) * 256
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config.width, config.num_heads)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.width, config.hidden_width)
+
+    def forward(self, x: Tensor, *, keep: Tensor | None = None, **attention) -> Tensor:
+        """x: [B, T, D]. keep: [2, B, 1, D] factors on both branches (dropout), or None."""
+        branch = self.attention(self.attention_norm(x), **attention)
+        x = x + (branch if keep is None else branch * keep[0])
+        branch = self.mlp(self.mlp_norm(x))
+        return x + (branch if keep is None else branch * keep[1])
+
+
+@register
+class GPT(VisualModel):
+    """A Llama-style decoder over visual token ids."""
+
+    Config = GPTConfig
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.layout, self.max_tokens, self.vocab_size = config.layout, config.num_tokens, config.codebook_size
+        self.prefix = ConditionPrefix(
+            width=config.width,
+            num_classes=config.num_classes,
+            text=config.text,
+            caption_tokens=config.caption_tokens,
+            caption_width=config.caption_width,
+            caption_buckets=config.caption_buckets,
+        )
+        self.embedding = nn.Embedding(config.codebook_size, config.width)
+        self.positions = nn.Parameter(torch.empty(self.max_tokens, config.width)) if config.layout_kind == "sequence" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        table = None
+        if config.layout_kind == "grid":
+            h, w = config.layout_shape
+            cells = torch.cartesian_prod(torch.arange(h), torch.arange(w))[: self.max_tokens]
+            cells = rope_table(cells, config.width // config.num_heads, base=config.rope_base)
+            still = torch.tensor([1.0, 0.0] if config.condition_attention == "learned" else [0.0, 0.0], device=cells.device)
+            table = torch.cat([still.expand(self.prefix.num_tokens, cells.shape[1], 2), cells])
+        self.register_buffer("rotations", table, persistent=False)  # [P + N, d/2, 2]
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:  # the residual stream keeps its scale at any depth
+            for out in (block.attention.proj, block.mlp.out):
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02)
+
+    @property
+    def prefix_length(self) -> int:
+        """P: condition tokens in front of every image."""
+        return self.prefix.num_tokens
+
+    def make_condition(
+        self,
+        batch_size: int,
+        *,
+        labels: Tensor | Sequence[int] | None = None,
+        captions: Sequence[str] | None = None,
+        features: tuple[Tensor, Tensor] | None = None,
+    ) -> Condition:
+        """Conditions of B images on the model's device; what is not given is null.
+
+        labels: [B], -1 for none. captions: B texts, hashed here when `text` is "hash"; "" for none.
+        features: [B, T, F] and mask [B, T] of the captions, when `text` is a text model (`TextEncoder` makes them).
+        Raises ValueError: a label is no class, or a condition is given that the model was not built for.
+        """
+        config, device = self.settings, self.device
+        if labels is not None:
+            labels = torch.as_tensor(labels, dtype=torch.int64)
+            if not config.num_classes and bool((labels >= 0).any()):
+                raise ValueError("labels are given but this generator has no classes (num_classes=0)")
+            if bool(((labels < NULL) | (labels >= max(config.num_classes, 1))).any()):
+                raise ValueError(f"labels must be in [0, {config.num_classes}) or -1, got {int(labels.min())} to {int(labels.max())}")
+        if captions is not None and config.text == "none" and any(captions):
+            raise ValueError('captions are given but this generator reads none (text="none")')
+        made = Condition()
+        if config.num_classes:
+            made = replace(made, labels=torch.full((batch_size,), NULL) if labels is None else labels)
+        if config.text == "hash":
+            texts = [""] * batch_size if captions is None else captions
+            made = replace(made, words=hash_captions(texts, buckets=config.caption_buckets, min_words=config.caption_tokens))
+        elif config.text != "none":
+            if features is None and captions is not None and any(captions):
+                raise ValueError(f"this generator reads captions through {config.text!r}: pass features of it (TextEncoder)")
+            shape = (batch_size, config.caption_tokens)
+            features = features or (torch.zeros(*shape, config.caption_width), torch.zeros(shape, dtype=torch.bool))
+            made = replace(made, features=features[0], mask=features[1])
+        return made.to(device)
+
+    def new_cache(self, batch_size: int, max_tokens: int | None = None) -> KVCache:
+        """An empty cache for the prefix and `max_tokens` tokens (all by default) of `batch_size` rows."""
+        config = self.settings
+        return KVCache(
+            num_layers=config.depth,
+            batch_size=batch_size,
+            num_heads=config.num_heads,
+            max_length=self.prefix_length + (max_tokens or self.max_tokens),
+            head_width=config.width // config.num_heads,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def forward(
+        self, ids: Tensor, condition: Condition | None = None, *, cache: KVCache | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Logits of next tokens.
+
+        ids: [B, T] int64, T may be 0. condition: of the B images; None for tokens that continue a filled cache.
+        keep: [L, 2, B, 1, D] factors on the residual branches, for dropout drawn outside; None for none.
+        Without a cache, or with an empty one, the prefix comes first: returns [B, T + 1, K], row n predicts token n.
+        With a filled cache ids continue what it holds: returns [B, T, K], row n predicts the token after ids[:, n]; the cache grows by T.
+        """
+        B, T = ids.shape
+        start = 0 if cache is None else cache.length
+        first = max(start - self.prefix_length, 0)  # the token that ids[:, 0] is
+        if first + T > self.max_tokens:
+            raise ValueError(f"token {first + T - 1} is asked for but this generator knows {self.max_tokens} tokens")
+        x = self.embedding(ids)
+        if self.positions is not None:
+            x = x + self.positions[first : first + T]
+        if not start:
+            x = torch.cat([self.prefix(condition or self.make_condition(B), B).to(x.dtype), x], dim=1)
+        x = self._run(x, cache, keep)
+        return self.head(self.norm(x if start else x[:, self.prefix_length - 1 :]))
+
+    def _run(self, x: Tensor, cache: KVCache | None, keep: Tensor | None) -> Tensor:
+        """The blocks on x [B, T, D], which sits behind the cache's content."""
+        start, T = (0 if cache is None else cache.length), x.shape[1]
+        if cache is not None:
+            cache.check(T)
+        turn = None
+        if self.rotations is not None:
+            rows = self.rotations[start : start + T]
+            turn = lambda q: rotate(q, rows)  # noqa: E731
+        mask = None
+        if start and T > 1:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        for i, block in enumerate(self.blocks):
+            x = block(
+                x,
+                keep=None if keep is None else keep[i],
+                mask=mask,
+                is_causal=not start and T > 1,
+                rotate=turn,
+                cache=None if cache is None else cache.layer(i),
+            )
+        if cache is not None:
+            cache.advance(T)
+        return x
+
+
+@register
+def gpt_tiny(**overrides) -> GPT:
+    """The smallest that still works; for tests and tours."""
+    return GPT(replace(GPTConfig(codebook_size=200, width=64, depth=2, num_heads=4, hidden=128, caption_buckets=512), **overrides))
+
+
+@register
+def gpt_emoji(**overrides) -> GPT:
+    """For a few thousand small pictures with captions; 2.5 M parameters with 1,000 codes."""
+    return GPT(replace(GPTConfig(text="hash", caption_tokens=7, caption_buckets=2048, hidden=512), **overrides))
+
+
+@register
+def gpt_b(**overrides) -> GPT:
+    """LlamaGen-B: 768 wide, 12 layers, 12 heads; 111 M parameters on ImageNet's classes and a 16 x 16 grid of 16,384 codes."""
+    base = GPTConfig(codebook_size=16384, layout_shape=(16, 16), width=768, depth=12, num_heads=12, num_classes=1000)
+    return GPT(replace(base, **overrides))

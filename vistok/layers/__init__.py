@@ -1,0 +1,1 @@
+"""Building blocks, each concept once. They know nothing of models."""

@@ -1,0 +1,52 @@
+"""Multi-head self-attention on PyTorch's fused kernel, with an optional key/value cache and rotary positions.
+
+Shapes: B batch, T tokens, D width, h heads, d = D / h.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vistok.layers.norms import plain_layer_norm
+
+
+class Attention(nn.Module):
+    """softmax(scale q k^T + mask) v, projected.
+
+    width: D. num_heads: h. qk_norm: LayerNorm without parameters over each head's q and k.
+    scale: of the products; 1/sqrt(d) by default. bias: in all projections.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False, scale: float | None = None, bias: bool = False):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
+        self.num_heads, self.qk_norm, self.scale = num_heads, qk_norm, scale
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        rotate: Callable[[Tensor], Tensor] | None = None,
+        cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """x: [B, T, D].
+
+        mask: boolean (True attends) or additive float, broadcastable to [B, h, T, S] for S keys.
+        rotate: maps q and k [B, h, T, d] to their rotated values. cache: takes the new k, v [B, h, T, d], returns all S of them.
+        """
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if self.qk_norm:
+            q, k = plain_layer_norm(q), plain_layer_norm(k)
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        if cache is not None:
+            k, v = cache(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))

@@ -5,17 +5,17 @@
 
 Frechet and kernel distance, precision and recall against a split of real images, and near copies: the nearest training image of each sample
 by PSNR, mirrored or not, and the share above 25 dB. docs/evaluation.md explains every column.
-A model draws the same number of samples for every class of the data; with `--prompts` it goes round the prompts instead.
+A model goes round its classes, the same number of samples each; one without classes goes round the captions of the split, or `--prompts`.
 """
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from tqdm.auto import tqdm
 
 import vistok
 from vistok.image import make_grid
@@ -40,11 +40,19 @@ class Config:
     num_samples: int = 256
     """How many images the model draws."""
     prompts: tuple[str, ...] = ()
-    """Prompts to go round, instead of the classes of the data."""
-    guidance_scale: float | None = None
-    """Guidance of the generator; the pipeline's default when not given."""
+    """Prompts to go round, instead of the model's classes or the captions of the data."""
     num_tokens: int | None = None
-    """Tokens per sample; the pipeline's default when not given."""
+    """Tokens per sample; all when not given."""
+    guidance_scale: float = 1.5
+    """Guidance of the generator; 1 is off."""
+    temperature: float = 1.0
+    """Sharper below 1."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens up to this much probability."""
+    decode_steps: int | None = None
+    """Solver steps of a flow decoder; the tokenizer's default when not given."""
     features: str = "conv"
     """Feature net: conv, pixels:16, timm:NAME[@FILE], torchvision:NAME[@FILE], transformers:FOLDER, inception[@FILE], vistok:MODEL."""
     image_size: int | None = None
@@ -67,18 +75,17 @@ def main(config: Config) -> None:
     """Draw or open the samples, measure, print, save."""
     if (config.model is None) == (config.samples is None):
         raise SystemExit("give either --model or --samples")
-    described, options = {}, {}
+    if config.samples is not None and config.image_size is None:
+        raise SystemExit("samples from a folder need --image-size")
+    options, model = {"samples": config.samples or "drawn by the model", "train_split": config.train_split}, {}
     if config.model is not None:
         pipeline = vistok.TokenImagePipeline.from_pretrained(config.model).to(config.device)
-        asked = conditions(config)
-        options = {name: value for name in ("guidance_scale", "num_tokens") if (value := getattr(config, name)) is not None}
-        samples = ImagesInMemory(draw(pipeline, asked, config, options))
+        drawn = draw(pipeline, config)
+        samples = ImagesInMemory(drawn["images"])
         image_size = config.image_size or tuple(samples.images.shape[-2:])
-        described = {name: model_config(part) for name, part in pipeline.components.items() if hasattr(part, "config")}
-        options |= {"conditions": next(iter(asked)), "different_conditions": len(set(asked[next(iter(asked))]))}
+        options |= drawn["options"]
+        model = {"generator": model_config(pipeline.generator), "tokenizer": model_config(pipeline.tokenizer)}
     else:
-        if config.image_size is None:
-            raise SystemExit("samples from a folder need --image-size")
         image_size = config.image_size
         samples = vistok.open_dataset(config.samples, image_size=image_size, split="all")
     result = evaluate_generation(
@@ -92,10 +99,9 @@ def main(config: Config) -> None:
         device=config.device,
         progress=True,
     )
-    named = {"model": config.model or "", "model_config": described, "data": config.data, "split": config.split}
-    options |= {**result.protocol.options, "samples": config.samples or "drawn by the model", "train_split": config.train_split}
-    protocol = dataclasses.replace(result.protocol, **named, options=options, command=command_line("eval.generation"))
-    result = dataclasses.replace(result, protocol=protocol)
+    named = {"model": config.model or "", "model_config": model, "data": config.data, "split": config.split}
+    named |= {"options": {**options, **result.protocol.options}, "command": command_line("eval.generation")}
+    result = dataclasses.replace(result, protocol=dataclasses.replace(result.protocol, **named))
     print(result.report())
     if config.out is not None:
         result.save(config.out)
@@ -105,25 +111,23 @@ def main(config: Config) -> None:
         make_grid(shown / 127.5 - 1).save(config.grid)
 
 
-def conditions(config: Config) -> dict[str, list[str]]:
-    """What each sample is asked for: the prompts in turn, or the classes of the data in turn."""
-    if config.prompts:
-        return {"prompts": [config.prompts[i % len(config.prompts)] for i in range(config.num_samples)]}
-    classes = vistok.open_dataset(config.data, image_size=config.image_size or 64, split=config.split).classes
-    if not classes:
-        raise SystemExit(f"{config.data} has no classes to draw from: give --prompts")
-    return {"labels": [classes[i % len(classes)] for i in range(config.num_samples)]}
+def draw(pipeline, config: Config) -> dict:
+    """The samples as PIL images, and the options they were drawn with; image i depends on the seed and i alone."""
+    kind, asked = conditions(pipeline.classes, config)
+    options = {name: getattr(config, name) for name in ("num_tokens", "guidance_scale", "temperature", "top_k", "top_p")}
+    steps = {} if config.decode_steps is None else {"num_steps": config.decode_steps}
+    images = pipeline(**{kind: asked}, **options, seed=config.seed, batch_size=config.batch_size, decode_options=steps).images
+    return {"images": images, "options": options | steps | {"conditions": f"{len(set(asked))} different {kind} in turn"}}
 
 
-def draw(pipeline, asked: dict[str, list[str]], config: Config, options: dict) -> list:
-    """PIL images, one for each condition; image i depends on the seed and i alone."""
-    (kind, values), images = next(iter(asked.items())), []
-    pipeline.set_progress_bar_config(disable=True)
-    for start in tqdm(range(0, len(values), config.batch_size), desc="sample", unit="batch"):
-        part = values[start : start + config.batch_size]
-        generators = vistok.image_generators(config.seed, range(start, start + len(part)), config.device)
-        images += pipeline(**{kind: part}, num_images=1, generators=generators, **options).images
-    return images
+def conditions(classes: Sequence[str], config: Config) -> tuple[str, list[str]]:
+    """What each sample is asked for: "labels" or "prompts", and one of them for each sample."""
+    kind, choices = ("prompts", config.prompts) if config.prompts or not classes else ("labels", classes)
+    if not choices:
+        choices = [caption for caption in vistok.open_dataset(config.data, image_size=64, split=config.split).captions if caption]
+    if not choices:
+        raise SystemExit(f"this model has no classes and {config.data} no captions: give --prompts")
+    return kind, [choices[i % len(choices)] for i in range(config.num_samples)]
 
 
 if __name__ == "__main__":

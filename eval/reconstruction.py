@@ -18,6 +18,7 @@ import tyro
 import vistok
 from vistok.image import make_strip
 from vistok.metrics import as_saved, command_line, evaluate_reconstruction
+from vistok.metrics.evaluate import with_image_size
 from vistok.metrics.sources import batches, choose
 
 
@@ -93,6 +94,7 @@ def save_strip(path: Path, tokenizer, dataset, counts: list[int], config: Config
     """Draw originals and reconstructions, a row an image, from the same noise as in the evaluation."""
     indices, images = next(batches(dataset, choose(dataset, config.strip_images, config.seed), config.strip_images))
     tokens = tokenizer.encode(images.to(config.device))
+    options = with_image_size(tokenizer, options, tuple(images.shape[-2:]))
     columns = [images]
     for count in counts:
         generators = vistok.image_generators(config.seed, indices, config.device)

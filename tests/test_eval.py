@@ -61,6 +61,13 @@ def test_an_evaluation_does_not_depend_on_its_batches(flextok):
         assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-3)
 
 
+def test_a_tokenizer_is_measured_at_other_sizes_than_its_own(flextok):
+    options = {"num_steps": 1}
+    result = evaluate_reconstruction(flextok, emoji((32, 48)), num_tokens=[2], num_images=3, features="pixels:8", decode_options=options)
+    assert result.protocol.image_size == result.protocol.options["image_size"] == (32, 48)
+    assert options == {"num_steps": 1}
+
+
 def test_a_fixed_length_tokenizer_is_measured_at_its_only_count(fsq2d):
     dataset = emoji(size_of(fsq2d))
     result = evaluate_reconstruction(fsq2d, dataset, num_images=4, features="pixels:8")
@@ -145,10 +152,30 @@ def test_the_generation_script_compares_two_folders(tmp_path, capsys):
     assert "precision" in capsys.readouterr().out and (tmp_path / "grid.png").is_file()
 
 
-def test_the_generation_script_asks_for_every_class_equally_often(tmp_path):
-    config = generation.Config(model="m", num_samples=16)
-    asked = generation.conditions(config)["labels"]
-    assert len(set(asked)) == 8 and all(asked.count(name) == 2 for name in set(asked))
-    assert generation.conditions(generation.Config(model="m", num_samples=3, prompts=("a", "b"))) == {"prompts": ["a", "b", "a"]}
+def test_the_generation_script_goes_round_classes_prompts_or_captions():
+    config = generation.Config(model="m", num_samples=6)
+    assert generation.conditions(("a", "b", "c"), config) == ("labels", ["a", "b", "c"] * 2)
+    assert generation.conditions(("a", "b"), generation.Config(model="m", num_samples=3, prompts=("x", "y"))) == (
+        "prompts",
+        ["x", "y", "x"],
+    )
+    kind, asked = generation.conditions((), config)
+    assert kind == "prompts" and asked == emoji(64).captions[:6]
     with pytest.raises(SystemExit, match="either --model or --samples"):
         generation.main(generation.Config())
+
+
+def test_the_generation_script_draws_from_a_pipeline(fsq2d, tmp_path):
+    torch.manual_seed(0)
+    gpt = vistok.create("gpt-tiny", codebook_size=fsq2d.codebook_size, num_classes=2, classes=("a", "b"))
+    vistok.TokenImagePipeline(gpt.eval(), fsq2d).save_pretrained(tmp_path / "pipe")
+    config = generation.Config(
+        model=str(tmp_path / "pipe"), num_samples=6, num_reference=8, train_split="", features="pixels:8", device="cpu",
+        top_k=5, out=tmp_path / "out.json",
+    )  # fmt: skip
+    generation.main(config)
+    data = json.loads((tmp_path / "out.json").read_text())
+    options = data["protocol"]["options"]
+    assert data["results"][0]["num_samples"] == 6 and options["top_k"] == 5 and options["conditions"] == "2 different labels in turn"
+    assert data["protocol"]["model_config"]["generator"]["codebook_size"] == fsq2d.codebook_size
+    assert "near_copies" not in data["results"][0] and options["training_images"] == 0

@@ -9,6 +9,7 @@ from vistok.generators import GPT
 from vistok.generators.condition import fnv1a, hash_captions, split_words
 from vistok.layers.rope import rope_table, rotate
 from vistok.tokens import TokenLayout, VisualTokens
+from vistok.training import TrainConfig, train
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenLoader, read_batch, token_loss
 
 KINDS = {
@@ -295,3 +296,18 @@ def test_captions_are_read_through_a_transformers_model(folder, tmp_path):
     loss, _ = task.train()(read_batch(folder, range(8)), rng.image_generators(0, 8), 0)
     loss.backward()
     assert task.model.prefix.caption.mlp[0].weight.grad.abs().sum() > 0
+
+
+def test_a_stopped_run_resumes_bit_by_bit(folder, tmp_path):
+    def run(out, steps, resume=False):
+        config = GeneratorTaskConfig(dropout=0.1, token_dropout=0.1, label_smoothing=0.05)
+        task = GeneratorTask(make("sequence"), config, held_out=folder)
+        fixed = dict(batch_size=4, gradient_accumulation=2, flip=True, preview_every=2, log_every=1, schedule="constant", progress=False)
+        train(task, folder, TrainConfig(out=tmp_path / out, max_steps=steps, save_every=2, **fixed), resume=resume)
+        return vistok.load(tmp_path / out).state_dict()
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    resumed = run("parts", 4, resume=True)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    assert "held-out cross-entropy" in (tmp_path / "whole" / "log.txt").read_text()

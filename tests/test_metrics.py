@@ -278,7 +278,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "proof"), "w"))
 
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(ValueError, match="not a plain file of tensors"):
         feature_net(f"timm:resnet10t@{tmp_path / 'evil.pth'}")
     assert not (tmp_path / "proof").exists()

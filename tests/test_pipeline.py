@@ -6,7 +6,10 @@ from PIL import Image
 
 import vistok
 from vistok import rng
+from vistok.data.shards import TokenFolder, TokenPlan, TokenShards
 from vistok.pipelines import TokenImagePipeline
+from vistok.training import TrainConfig, train
+from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig
 
 
 def build(**overrides):
@@ -88,7 +91,7 @@ def test_the_callback_sees_every_token(pipe):
         (dict(labels=[]), "empty"),
         (dict(prompts=[""]), "words"),
         (dict(labels=[0], num_images=0), "num_images"),
-        (dict(labels=[0], num_tokens=99), "1 to 16"),
+        (dict(labels=[0], num_tokens=8), "images of 16"),
         (dict(labels=[0], top_p=0.0), "top_p"),
     ],
 )
@@ -159,3 +162,17 @@ def test_a_missing_folder_is_an_error_that_says_what_a_model_is(tmp_path):
         TokenImagePipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(OSError, match="no pipeline folder"):
         TokenImagePipeline.from_pretrained(tmp_path)
+
+
+def test_a_trained_run_loads_as_a_pipeline_and_shows_previews(pipe, tmp_path):
+    tokens = pipe(num_images=4, seed=0).tokens
+    plan = TokenPlan(num_images=4, num_tokens=16, codebook_size=200, layout=tokens.layout, tokenizer_digest="", classes=pipe.classes)
+    TokenShards(tmp_path / "tokens", plan).write(0, tokens, labels=[0, 1, 2, -1], captions=["", "a", "b", "c"], names=list("abcd"))
+    fresh = build()
+    task = GeneratorTask(fresh.generator, GeneratorTaskConfig(preview_images=2), tokenizer=fresh.tokenizer)
+    config = TrainConfig(out=tmp_path / "run", max_steps=1, batch_size=2, preview_every=1, progress=False)
+    train(task, TokenFolder(tmp_path / "tokens"), config)
+    assert list((tmp_path / "run" / "previews").glob("*samples.png"))
+    again = TokenImagePipeline.from_pretrained(tmp_path / "run")
+    assert torch.equal(again.tokenizer.state_dict()["decoder.0.weight"], pipe.tokenizer.state_dict()["decoder.0.weight"])
+    assert not torch.equal(again.generator.head.weight, pipe.generator.head.weight)

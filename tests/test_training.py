@@ -3,11 +3,12 @@
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
-
 from training_toy import ToyConfig, ToyTask, make_config, make_folder, run
+
 from vistok.data import ImageFolder
 from vistok.modeling import VisualModel
 from vistok.training import TrainConfig, seeded_build, train
@@ -99,6 +100,8 @@ def test_checkpoints_hold_trained_parts_and_buffers_but_nothing_frozen(tmp_path,
 def test_frozen_parts_stay_in_eval_mode_while_training():
     task = ToyTask(ToyConfig(), True).train()
     assert task.model.training and not task.frozen.training and not task.frozen[1].training
+    task.model.layers[1].requires_grad_(False)
+    assert not task.train().model.layers[1].training and task.model.training and task.model.layers[3].training
 
 
 def test_the_result_is_a_model_folder_with_the_averaged_weights(tmp_path, data):
@@ -137,7 +140,7 @@ def test_resuming_another_model_is_refused_and_its_field_named(tmp_path, data):
     run(data, tmp_path, max_steps=2)
     config = make_config(data, tmp_path, max_steps=2)
     with pytest.raises(ValueError, match=r"task.model_config.width: 8 -> 9"):
-        train(ToyTask(ToyConfig(width=9), True), ImageFolder(data, image_size=8), config, resume=True)
+        train(ToyTask(ToyConfig(width=9), True), ImageFolder(data, image_size=8, split="all"), config, resume=True)
 
 
 def test_resuming_on_other_images_is_refused_but_a_moved_folder_is_fine(tmp_path, data):
@@ -203,7 +206,7 @@ def test_a_pixel_that_is_no_number_is_named_by_its_file(tmp_path, data):
     task = ToyTask(ToyConfig(), True)
     task.__class__ = Poisoned
     with pytest.raises(FloatingPointError, match="step 0: loss term loss, error of images with NaN pixels image_._*.png") as caught:
-        train(task, ImageFolder(data, image_size=8), make_config(data, tmp_path, max_steps=1))
+        train(task, ImageFolder(data, image_size=8, split="all"), make_config(data, tmp_path, max_steps=1))
     assert task.poisoned in str(caught.value)
 
 
@@ -237,6 +240,17 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path):
     report = json.loads((tmp_path / "run" / "bad_images.json").read_text())
     assert report["count"] == 1 and list(report["images"]) == ["image_3.png"]
     assert "1 images could not be read" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_folder_that_disappears_stops_the_run_with_the_file_that_could_not_be_written(tmp_path, data):
+    class Vanishing(ToyTask):
+        def forward(self, batch, generators, step):
+            if step == 4:
+                shutil.rmtree(tmp_path / "run")
+            return super().forward(batch, generators, step)
+
+    with pytest.raises(OSError, match="cannot write .*metrics.jsonl"):
+        run(data, tmp_path / "run", task_class=Vanishing, save_every=100)
 
 
 def test_a_collapsed_codebook_is_warned_of_once(tmp_path, data):

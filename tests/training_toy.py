@@ -1,9 +1,8 @@
-"""A tiny task with everything a run can hold: a trained model with a buffer, a second trained part, a frozen part, dropout, a codebook.
+"""A tiny task with everything a run can hold: a trained model with a buffer, a second trained part, a frozen part, dropout, a codebook."""
 
-Run as a script it trains: python training_toy.py DATA OUT [--resume] [name=value ...]
-"""
-
-import sys
+import multiprocessing
+import os
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +86,43 @@ def run(data: Path, out: Path, *, resume: bool = False, task_class: type = ToyTa
     """Build and train; returns the task as the run left it."""
     config = make_config(data, out, **options)
     task = seeded_build(lambda: task_class(ToyConfig(), dropout), config.seed)
-    dataset = ImageFolder(data, image_size=config.image_size, on_bad_image=config.on_bad_image)
+    dataset = ImageFolder(data, image_size=config.image_size, split="all", on_bad_image=config.on_bad_image)
     train(task, dataset, config, resume=resume)
     return task
 
 
-if __name__ == "__main__":
-    given = dict(argument.split("=") for argument in sys.argv[3:] if "=" in argument)
-    run(Path(sys.argv[1]), Path(sys.argv[2]), resume="--resume" in sys.argv, **{k: int(v) for k, v in given.items()})
+class Dies(ToyTask):
+    """Process 1 ends at step 3 without a word."""
+
+    def forward(self, batch, generators, step):
+        if step == 3 and os.environ["RANK"] == "1":
+            os._exit(9)
+        return super().forward(batch, generators, step)
+
+
+class Breaks(ToyTask):
+    """Process 1 has a loss that is no number at step 3."""
+
+    def forward(self, batch, generators, step):
+        loss, logs = super().forward(batch, generators, step)
+        return loss * float("nan") if step == 3 and os.environ["RANK"] == "1" else loss, logs
+
+
+def start(data: Path, out: Path, *, environment: dict[str, str] | None = None, **options) -> multiprocessing.Process:
+    """Run in a process of its own, forked from one that has imported everything; what it raises is written beside `out`."""
+    context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    context.set_forkserver_preload(["training_toy"])
+    process = context.Process(target=_child, args=(data, out, environment or {}, options))
+    process.start()
+    return process
+
+
+def _child(data: Path, out: Path, environment: dict[str, str], options: dict) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        run(data, out, **options)
+    except BaseException:
+        out.with_name(f"{out.name}.error{environment.get('RANK', '')}").write_text(traceback.format_exc())
+        raise

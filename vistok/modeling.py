@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import types
 import typing
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch import nn
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+MAX_INTEGER = 1 << 40
+SCALE_SUFFIX = ":scale"  # beside an int8 matrix: the scale of each of its rows
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # What DiffusionPipeline.from_pretrained passes to every component; none of it changes which weights are loaded here.
 _IGNORED_OPTIONS = {
@@ -93,13 +96,15 @@ def _convert(value, hint, where: str):
         raise ValueError(f"{where} must be {hint.__name__}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value!r}")
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise ValueError(f"{where}={value} is beyond any config this package makes (at most {MAX_INTEGER})")
     return value
 
 
 def read_config(folder: str | Path) -> dict:
     """The plain data of a model folder's config.json.
 
-    Raises OSError: there is no such file. ValueError: it is too large, is not JSON, or holds NaN or Infinity.
+    Raises OSError: there is no such file. ValueError: it is too large, is no JSON object, or holds NaN or Infinity.
     """
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
@@ -111,9 +116,12 @@ def read_config(folder: str | Path) -> dict:
         raise ValueError(f"{path} holds {name}; only finite numbers are allowed")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold an object with named fields, got {type(data).__name__}")
+    return data
 
 
 class VisualModel(ModelMixin, ConfigMixin):
@@ -121,6 +129,11 @@ class VisualModel(ModelMixin, ConfigMixin):
 
     config_name = CONFIG_NAME
     Config: type
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        # DiffusionPipeline.from_pretrained accepts a component only if the module that defines its class also holds `ModelMixin`
+        vars(sys.modules[cls.__module__]).setdefault("ModelMixin", ModelMixin)
 
     def __init__(self, config):
         super().__init__()
@@ -165,26 +178,36 @@ class VisualModel(ModelMixin, ConfigMixin):
             raise ValueError(f"{folder} holds a {named}, not a {cls.__name__}; vistok.load({str(source)!r}) picks the right class")
         config = config_from_dict(cls.Config, data, where=f"{folder / CONFIG_NAME}")
         path = _weights_file(folder)
-        with torch.device("meta"):
-            expected = cls(config).state_dict()
+        try:
+            with torch.device("meta"):
+                expected = cls(config).state_dict()
+        except (RuntimeError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{folder / CONFIG_NAME}: no {cls.__name__} of this shape can be built: {error}") from error
         _check_header(path, expected, cls.__name__)
         model = cls(config)
         # safetensors' memory map leaves tensors unaligned, which changes results in the last bit; copying into the model's own does not.
         state = load_file(path)
-        model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()}, strict=True)
+        model.load_state_dict({key: _unpacked(state, key).to(expected[key].dtype) for key in expected}, strict=True)
         return model.to(dtype).eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, dtype: torch.dtype | None = None, **options) -> None:
         """Write config.json and model.safetensors; each file is complete or absent at any instant.
 
-        dtype: of the floating weights on disk (torch.float16 halves the file); the model's own by default.
+        dtype: of the floating weights on disk; the model's own by default. torch.float16 halves the file. torch.int8 quarters it: each
+        matrix row is rounded to 255 steps of its own scale (about 0.4 % of the row's largest weight), everything else is float16.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        matrices = {name for name, parameter in self.named_parameters() if parameter.ndim >= 2}
         weights = {}
         for key, value in self.state_dict().items():
-            value = value.detach().to("cpu")
-            weights[key] = value.to(dtype if dtype is not None and value.is_floating_point() else value.dtype, copy=True).contiguous()
+            value = value.detach().to("cpu", copy=True).contiguous()
+            if dtype == torch.int8 and key in matrices:
+                weights[key], weights[key + SCALE_SUFFIX] = _packed(value)
+            elif dtype is not None and value.is_floating_point():
+                weights[key] = value.to(torch.float16 if dtype == torch.int8 else dtype)
+            else:
+                weights[key] = value
         config = {"_class_name": type(self).__name__, **_plain(dataclasses.asdict(self.settings))}
         temporary = folder / f".tmp-{os.getpid()}"
         temporary.mkdir(exist_ok=True)
@@ -195,6 +218,19 @@ class VisualModel(ModelMixin, ConfigMixin):
                 os.replace(temporary / name, folder / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _packed(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as int8 and the float32 scale of each of its rows."""
+    rows = value.float().flatten(1)
+    scale = rows.abs().amax(1).clamp_min(1e-12) / 127
+    return (rows / scale[:, None]).round().to(torch.int8).view(value.shape), scale
+
+
+def _unpacked(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """The weight under a key, also where it was stored as int8 with a scale a row."""
+    value, scale = state[key], state.get(key + SCALE_SUFFIX)
+    return value if scale is None else value.float() * scale.view(-1, *[1] * (value.ndim - 1))
 
 
 def _plain(value):
@@ -218,8 +254,14 @@ def _check_header(path: Path, expected: dict, name: str) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             found = {key: (tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()) for key in file.keys()}
+            metadata = file.metadata()
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    if metadata is not None and metadata.get("format") != "pt":
+        problems.append(f"the header's format is {metadata.get('format')!r}, expected 'pt'")
+    for key in [key for key, (shape, dtype) in found.items() if dtype == "I8" and found.get(key + SCALE_SUFFIX) == (shape[:1], "F32")]:
+        found[key] = (found[key][0], "F32")
+        del found[key + SCALE_SUFFIX]
     for key in sorted(set(expected) - set(found)):
         problems.append(f"missing {key} {tuple(expected[key].shape)}")
     for key in sorted(set(found) - set(expected)):

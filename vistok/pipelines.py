@@ -114,7 +114,7 @@ class TokenImagePipeline(DiffusionPipeline):
         guidance_scale: 1 is off; or a function of the step. temperature, top_k, top_p, min_p: see `SamplingConfig`.
         seed: of image i's own generator, with i; drawn and returned when there are no generators. generators: one an image, instead.
         batch_size: images in memory at once; the result does not depend on it.
-        decode_options: for `tokenizer.decode`, such as a flow decoder's steps.
+        decode_options: for `tokenizer.decode`, such as a flow decoder's num_steps and guidance_scale.
         output_type: "pil", or values in [0, 1] as "pt" [n, 3, H, W] or "np" [n, H, W, 3].
         callback_on_step_end: called with (pipeline, step, ids [B, step + 1]) after each token of each batch.
         Raises ValueError: an unknown label (the nearest class is named), a condition that the generator cannot read, a wrong number.
@@ -131,7 +131,12 @@ class TokenImagePipeline(DiffusionPipeline):
         total = conditions * num_images
         generators, seed = self._generators(generators, seed, total)
         sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        steps = self.generator.max_tokens if num_tokens is None else num_tokens
+        low, high = self.tokenizer.min_tokens, self.generator.max_tokens
+        steps = high if num_tokens is None else num_tokens
+        if isinstance(steps, bool) or not isinstance(steps, int) or not low <= steps <= high:
+            raise ValueError(
+                f"num_tokens={num_tokens!r} but this pipeline makes images of " + (f"{low} to {high} tokens" if low < high else f"{high}")
+            )
 
         parts, pictures, stats = [], [], GenerationStats(0, 0, 0, 0.0)
         with self.progress_bar(total=steps * -(-total // batch_size)) as bar:

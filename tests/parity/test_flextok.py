@@ -27,7 +27,7 @@ def model(golden):
     model = from_official(
         golden.folder / "state.safetensors",
         config=golden.spec["hydra_config"],
-        norm_groups=hyper["vae_norm_groups"],
+        norm_groups=hyper.get("vae_norm_groups"),
         image_size=tuple(golden.spec["image_size"]),
     )
     return model
@@ -49,6 +49,7 @@ def test_the_converted_config_says_what_the_case_says(model, golden):
         "enc_dim": settings.encoder_width, "enc_depth": settings.encoder_depth, "enc_head_dim": settings.head_width,
         "dec_dim": settings.decoder_width, "dec_depth": settings.decoder_depth, "dec_head_dim": settings.decoder_head_width,
         "n_registers": settings.num_registers, "patch_size": list(settings.patch_size), "max_grid": list(settings.max_grid),
+        "mlp_ratio": settings.mlp_ratio, "posemb_scaling": settings.position_scaling, "adaLN_expansion": 2,
         "latent_channels": settings.latent_channels, "fsq_levels": list(settings.levels), "freq_dim": settings.frequency_width,
         "max_timestep": settings.max_time, "scaling_factor": settings.vae.scaling_factor, "vae_block_out": list(settings.vae.block_channels),
         "vae_layers_per_block": settings.vae.layers_per_block, "vae_norm_groups": settings.vae.norm_groups,
@@ -148,11 +149,11 @@ def test_decoder(model, golden, folded):
 def test_guidance(golden):
     results = {}
     for name in golden.names("guid"):
-        match = re.fullmatch(r"guid\.(apg|cfg)(\d+(?:\.\d+)?)", name)
-        if match:
-            combine = AdaptiveProjectedGuidance() if match[1] == "apg" else classifier_free
+        kind, scale = re.match(r"guid\.(apg|cfg)", name), re.search(r"scale (\d+(?:\.\d+)?)", golden.what(name))
+        if kind and scale:
+            combine = AdaptiveProjectedGuidance() if kind[1] == "apg" else classifier_free
             steps = zip(golden.io["guid.cond"], golden.io["guid.uncond"])
-            results[name] = torch.stack([combine(cond, uncond, float(match[2])) for cond, uncond in steps])
+            results[name] = torch.stack([combine(cond, uncond, float(scale[1])) for cond, uncond in steps])
     golden.check("guid", results, inputs=("guid.cond", "guid.uncond"))
 
 

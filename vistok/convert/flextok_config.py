@@ -254,10 +254,11 @@ _PACKAGES = {
 def official_config(settings: FlexTokConfig) -> dict:
     """The official configuration of a FlexTok; training options, which our models do not hold, get the published defaults.
 
-    Raises ValueError: it works on pixels, which the official format cannot say.
+    Raises ValueError: it works on pixels, or its VAE folds pixels first; the official format cannot say that.
     """
-    if settings.vae is None:
-        raise ValueError("the official FlexTok format has no form for a model on pixels (vae is None)")
+    if settings.vae is None or settings.vae.stem != 1:
+        form = "a model on pixels (vae is None)" if settings.vae is None else f"a VAE with stem={settings.vae.stem}"
+        raise ValueError(f"the official FlexTok format has no form for {form}")
     config: dict = {"_target_": "flextok.flextok_wrapper.FlexTok", "vae": {}}
     for part in _MODULE_LISTS:
         config[part] = {"_target_": "flextok.model.utils.wrappers.SequentialModuleDictWrapper", "module_dict": {}}

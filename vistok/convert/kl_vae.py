@@ -93,7 +93,12 @@ def _new_name(key: str) -> str:
 
 
 def to_official(model: KLVAE, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
-    """Write a diffusers AutoencoderKL folder; dtype: of the weights on disk, the model's own by default."""
+    """Write a diffusers AutoencoderKL folder; dtype: of the weights on disk, the model's own by default.
+
+    Raises ValueError: the VAE folds pixels into channels first, which the format cannot say.
+    """
+    if model.settings.stem != 1:
+        raise ValueError(f"the diffusers format has no form for a VAE with stem={model.settings.stem}; only 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings, levels = model.settings, len(model.settings.block_channels)

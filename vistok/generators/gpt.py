@@ -3,7 +3,7 @@
 Sun et al. 2024, "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (LlamaGen, arXiv 2406.06525), the network;
 over any tokenizer's ids: a grid in raster order, or a 1D sequence of which every prefix is an image (FlexTok, arXiv 2502.13967).
 
-    sequence = [condition tokens (P)] [token 0] [token 1] ...        the output at token n-1, or at the last condition token, predicts token n
+    sequence = [condition tokens (P)] [token 0] [token 1] ...    the output at token n-1, or at the last condition token, predicts token n
     x = x + attention(rmsnorm(x));  x = x + swiglu(rmsnorm(x));  logits = head(rmsnorm(x))        no biases
     positions: 2D rotary on a grid, learned absolute on a sequence
 

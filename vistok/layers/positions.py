@@ -45,8 +45,9 @@ def fit_positions(table: Tensor, grid: tuple[int, int], *, interpolate: bool) ->
 
 
 def time_features(t: Tensor, *, width: int, max_period: float, time_scale: float = 1.0) -> Tensor:
-    """Sinusoidal features [T, width] of times t [T]: cosines, then sines, of time_scale * t * max_period^(-j / (width/2))."""
+    """Sinusoidal features [T, width] of times t [T]: cosines, then sines, of time_scale * t * max_period^(-j / (width/2)); an odd
+    width ends in a zero."""
     half = width // 2
     frequencies = time_scale * torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, width % 2))

@@ -50,29 +50,17 @@ def evaluate_reconstruction(
     """
     device = _device_of(tokenizer)
     net = feature_net(features, device=device) if isinstance(features, str) else features
+    options = _effective_options(tokenizer, decode_options or {})  # a wrong option or count fails here, before the work
+    if tokenizer.min_tokens != tokenizer.max_tokens:
+        _counts(tokenizer, num_tokens, tokenizer.max_tokens)
     parts, reference, image_size = _encode(tokenizer, dataset, choose(dataset, num_images, seed), net, batch_size, progress)
-    decode_options = decode_options or {}
-    options = _effective_options(tokenizer, decode_options)
-    if "image_size" in options:  # a model that decodes any size has to be told which
-        decode_options = {**decode_options, "image_size": image_size}
-        options |= decode_options
-    kept = [index for indices, _ in parts for index in indices]
+    decode_options = with_image_size(tokenizer, decode_options or {}, image_size)
+    options |= decode_options
+    num_kept = len(reference)
     rows = []
     for count in _counts(tokenizer, num_tokens, min(int(tokens.counts.min()) for _, tokens in parts)):
         started = time.perf_counter()
-        scores, found = [], []
-        usage = CodebookUsage(tokenizer.codebook_size) if tokenizer.codebook_size else None
-        bar = tqdm(parts, desc=f"{count} tokens", unit="batch", disable=not progress)
-        for (indices, tokens), (_, originals) in zip(bar, batches(dataset, kept, batch_size), strict=True):
-            tokens = tokens.truncate(count)
-            if usage is not None:
-                usage.update(tokens.ids)
-            with torch.inference_mode():
-                decoded = tokenizer.decode(tokens.to(device), generators=image_generators(seed, indices, device), **decode_options)
-            decoded = as_saved(decoded.cpu())
-            scores.append(torch.stack([psnr(decoded, originals), ssim(decoded, originals)], dim=1))
-            found.append(features_of(net, decoded))
-        scores, found = torch.cat(scores), torch.cat(found)
+        scores, found, usage = _reconstruct(tokenizer, dataset, parts, count, net, seed, decode_options, progress)
         distance = kid(found, reference, num_subsets=kid_subsets, subset_size=kid_subset_size, seed=seed)
         row = {"num_tokens": count, "psnr": float(scores[:, 0].mean()), "ssim": float(scores[:, 1].mean())}
         row |= {"frechet": frechet_between(found, reference), "kid": distance.mean, "kid_std": distance.std}
@@ -81,11 +69,11 @@ def evaluate_reconstruction(
             row |= {"usage": usage.usage, "perplexity": usage.perplexity}
         rows.append(row | {"seconds": time.perf_counter() - started})
     options |= {"kid_subsets": distance.num_subsets, "kid_subset_size": distance.subset_size, "retrieval": "cosine, centred"}
-    options |= {"batch_size": batch_size, "broken_images_left_out": min(num_images or len(dataset), len(dataset)) - len(kept)}
+    options |= {"batch_size": batch_size, "broken_images_left_out": min(num_images or len(dataset), len(dataset)) - num_kept}
     protocol = EvaluationProtocol(
         task="reconstruction",
         model_config=model_config(tokenizer),
-        num_images=len(kept),
+        num_images=num_kept,
         num_available=len(dataset),
         image_size=image_size,
         features=net.name,
@@ -110,6 +98,25 @@ def _encode(tokenizer, dataset: ImageSource, chosen: list[int], net: FeatureNet,
     if sum(len(indices) for indices, _ in parts) < 2:
         raise ValueError(f"an evaluation needs at least 2 readable images, this set has {sum(len(indices) for indices, _ in parts)}")
     return parts, torch.cat(features), image_size
+
+
+def _reconstruct(
+    tokenizer, dataset: ImageSource, parts: list, count: int, net: FeatureNet, seed: int, decode_options: dict, progress: bool
+):
+    """Decode the first `count` tokens of every image: (PSNR, SSIM) [N, 2], features [N, D], codebook usage or None."""
+    device, usage = _device_of(tokenizer), CodebookUsage(tokenizer.codebook_size) if tokenizer.codebook_size else None
+    scores, found = [], []
+    for indices, tokens in tqdm(parts, desc=f"{count} tokens", unit="batch", disable=not progress):
+        (_, originals), *_ = batches(dataset, indices, len(indices))
+        tokens = tokens.truncate(count)
+        if usage is not None:
+            usage.update(tokens.ids)
+        with torch.inference_mode():
+            decoded = tokenizer.decode(tokens.to(device), generators=image_generators(seed, indices, device), **decode_options)
+        decoded = as_saved(decoded.cpu())
+        scores.append(torch.stack([psnr(decoded, originals), ssim(decoded, originals)], dim=1))
+        found.append(features_of(net, decoded))
+    return torch.cat(scores), torch.cat(found), usage
 
 
 def default_token_counts(min_tokens: int, max_tokens: int) -> list[int]:
@@ -230,15 +237,17 @@ def _counts(tokenizer, num_tokens: Sequence[int] | None, encoded: int) -> list[i
     return counts
 
 
+def with_image_size(tokenizer, decode_options: dict, image_size: tuple[int, int]) -> dict:
+    """The options for `tokenizer.decode`, with the size of the images where the model decodes any size and has to be told which."""
+    return {"image_size": image_size, **decode_options} if "image_size" in _options_of_decode(tokenizer) else decode_options
+
+
 def _effective_options(tokenizer, given: dict) -> dict:
     """Every option of `decode` with the value it will have: the protocol records defaults too.
 
     An option that is None by default has its value in the config, as `decode_steps` for `num_steps`.
     """
-    parameters = dict(inspect.signature(tokenizer.decode).parameters)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        parameters |= inspect.signature(tokenizer.decode_to_latents).parameters
-    known = {name: p.default for name, p in parameters.items() if name not in _NOT_OPTIONS and p.kind is p.KEYWORD_ONLY}
+    known = _options_of_decode(tokenizer)
     unknown = sorted(set(given) - set(known))
     if unknown:
         allowed = ", ".join(known) or "none"
@@ -246,6 +255,14 @@ def _effective_options(tokenizer, given: dict) -> dict:
     config = model_config(tokenizer)
     defaults = {name: config.get(f"decode_{name.removeprefix('num_')}") if value is None else value for name, value in known.items()}
     return defaults | given
+
+
+def _options_of_decode(tokenizer) -> dict:
+    """Options of `decode` and their defaults; one that hands its options on takes those of `decode_to_latents`."""
+    parameters = dict(inspect.signature(tokenizer.decode).parameters)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        parameters |= inspect.signature(tokenizer.decode_to_latents).parameters
+    return {name: p.default for name, p in parameters.items() if name not in _NOT_OPTIONS and p.kind is p.KEYWORD_ONLY}
 
 
 def _device_of(tokenizer) -> torch.device:

@@ -46,15 +46,16 @@ def explain_out_of_memory(step: int, micro_batch: int, device: torch.device) -> 
             raise
         used = f" with {torch.cuda.memory_allocated(device):,} bytes in use" if device.type == "cuda" else ""
         raise MemoryError(
-            f"out of memory on {device}{used} at step {step}, {micro_batch} images per forward pass: raise --gradient-accumulation (the result "
-            f"stays the same) or lower --batch-size or --image-size. {text.partition(chr(10))[0]}"
+            f"out of memory on {device}{used} at step {step}, {micro_batch} images per forward pass: raise --gradient-accumulation "
+            f"(the result stays the same) or lower --batch-size or --image-size. {text.partition(chr(10))[0]}"
         ) from error
 
 
-def not_finite_report(batch: Any, names: Any, logs: Mapping[str, Tensor], module: nn.Module) -> str:
-    """Which loss terms, images or gradients are NaN or infinite, and the files of the micro batch; empty if none is.
+def not_finite_report(batch: Any, names: Any, logs: Mapping[str, Tensor], module: nn.Module) -> tuple[bool, str]:
+    """Which loss terms, images or gradients are NaN or infinite, and the files of the micro batch; the text is empty if none is.
 
     names: of all images of the data set, by index, or None.
+    Returns whether a loss term is among them, and the text.
     """
     terms = [name for name, value in logs.items() if value.is_floating_point() and not value.isfinite().all()]
     indices = [int(i) for i in batch.indices]
@@ -66,6 +67,6 @@ def not_finite_report(batch: Any, names: Any, logs: Mapping[str, Tensor], module
     elif gradients:
         what = f"gradient of {', '.join(gradients[:3])}{f' and {len(gradients) - 3} more' if len(gradients) > 3 else ''} after"
     else:
-        return ""
+        return False, ""
     files = ", ".join(str(names[i]) if names is not None else f"sample {i}" for i in faulty or indices)
-    return f"{what} {'images with NaN pixels' if faulty else 'the batch'} {files}"
+    return bool(terms), f"{what} {'images with NaN pixels' if faulty else 'the batch'} {files}"

@@ -98,7 +98,7 @@ class TrainingRun:
         self.meters = Meters()
         self.parts = trained_parts(task)
         self.step = self.saved_step = self.bad_steps = 0
-        self.has_collapsed = False
+        self.is_saved = self.has_collapsed = False
         self.ahead: tuple[Any, list[torch.Generator]] | None = None
         if resume:
             self._restore()
@@ -137,6 +137,7 @@ class TrainingRun:
     def train_step(self, batches: Iterator[Any]) -> None:
         """One optimizer step: `gradient_accumulation` micro batches, one clipped AdamW step, one step of the average."""
         config = self.config
+        self.is_saved = False
         self.optimizer.zero_grad(set_to_none=True)
         self._set_learning_rate()
         seen = []
@@ -210,7 +211,7 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write checkpoint and model. A failed write is tried once more; then all processes stop with the error."""
-        if self.step == self.saved_step and (self.config.out / "model").exists():
+        if self.is_saved:
             return
         meters, reasons = self._reduced_meters(), self._bad_images()
         problem = [None]
@@ -228,6 +229,7 @@ class TrainingRun:
             broadcast_object_list(problem)
         if problem[0]:
             raise OSError(problem[0])
+        self.is_saved = True
 
     def close(self) -> None:
         """Close the run's files and free the gradients."""
@@ -266,6 +268,7 @@ class TrainingRun:
         restore(files, self.task, self.optimizer, self.ema)
         self.step = self.saved_step = state["step"]
         self.bad_steps = state["bad_steps"]
+        self.is_saved = (self.config.out / "model").exists()
         self.scaler.load_state_dict(state["scaler"])
         for name, total in files["meters"].items():  # the stored sums are those of all processes: one of them carries them on
             own = total if self.is_main else torch.zeros_like(total)
@@ -285,7 +288,8 @@ class TrainingRun:
         reports = [not_finite_report(batch, names, logs, self.task) for batch, logs in seen]
         if self.accelerator.num_processes > 1:
             reports = gather_object(reports)
-        report = "; ".join(filter(None, reports))
+        causes = [text for is_loss, text in reports if is_loss] or [text for _, text in reports if text]  # a lost loss spoils all gradients
+        report = "; ".join(causes)
         self.bad_steps += 1
         message = f"NaN or infinite numbers at step {self.step}: {report}"
         if self.bad_steps > self.config.max_bad_steps:

@@ -87,7 +87,8 @@ class TrainingTask(nn.Module):
     def train(self, mode: bool = True) -> "TrainingTask":
         """Training mode for the trained parts; frozen ones stay in eval mode."""
         super().train(mode)
-        for child in self.children():
-            if not any(p.requires_grad for p in child.parameters()):
-                child.eval()
+        for module in self.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
         return self

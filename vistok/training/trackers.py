@@ -88,7 +88,8 @@ class RunLog:
         speed, remaining = self._images / seconds, (self.max_steps - step) * seconds / max(1, self._steps)
         self._clock, self._images, self._steps = now, 0, 0
         entry = {"step": step, **values, "images_per_s": round(speed, 2), "eta_s": round(remaining, 1)}
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.out / "metrics.jsonl"
+        with _naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         self._bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4g}, {speed:.1f} images/s", refresh=False)
         if self._board:
@@ -110,7 +111,9 @@ class RunLog:
         folder = self.out / "previews"
         folder.mkdir(exist_ok=True)
         for name, image in images.items():
-            image.save(folder / f"step_{step:08d}_{name}.png")
+            path = folder / f"step_{step:08d}_{name}.png"
+            with _naming(path):
+                image.save(path)
             if self._board:
                 self._board.add_image(name, _to_tensor(image), step)
 
@@ -130,6 +133,15 @@ class RunLog:
         logger.removeHandler(self._handler)
         logger.setLevel(self._level)
         self._handler.close()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk says only that it is full: add the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}; the checkpoints so far are intact") from error
 
 
 def _truncate(path: Path, step: int) -> None:

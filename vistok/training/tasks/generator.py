@@ -185,9 +185,11 @@ class GeneratorTask(TrainingTask):
         self._features = torch.cat([f.cpu().half() for f, _ in parts]), torch.cat([m.cpu() for _, m in parts])
 
     def make_loader(self, config: TrainConfig, start: int, rank: int, world_size: int) -> TokenLoader:
-        """Endless batches of tokens; `config.flip` takes mirrored images for half of the samples."""
-        size = config.micro_batch_size
-        return TokenLoader(self.dataset, batch_size=size, seed=config.seed, start=start, flip=config.flip, rank=rank, world_size=world_size)
+        """Endless batches of tokens; `config.flip` takes mirrored images for half of the samples, where the folder holds any."""
+        flip, size = config.flip and self.dataset.flipped_ids is not None, config.micro_batch_size
+        if config.flip and not flip:
+            logger.warning("the token folder holds no mirrored images (tokenize with flips to have them): training without flips")
+        return TokenLoader(self.dataset, batch_size=size, seed=config.seed, start=start, flip=flip, rank=rank, world_size=world_size)
 
     def condition(self, batch: TokenBatch) -> Condition:
         """The batch's whole condition, as far as the model reads it."""

@@ -1,0 +1,105 @@
+"""`vistok generate`: class names or captions become images, a grid, their tokens, and a record of how they were made."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vistok.commands.common import Device, Folder, Model, Threads, optional, shown, shows_progress, use_device
+from vistok.commands.reconstruct import decode_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Make new images with a trained pipeline (generator and tokenizer).
+
+    OUT gets 0000.png, 0001.png, ..., grid.png (a row a label or prompt), tokens.safetensors (their ids) and generation.json (seed,
+    options, speed). The same seed gives the same images; image i does not depend on how many there are.
+
+        vistok generate --model vistok/emoji-gpt --labels "Food & Drink" Flags --num-images 8 --seed 1 --out samples
+        vistok generate --model vistok/emoji-gpt --prompts "noto: red apple" --num-tokens 8 --guidance-scale 2 --out apples
+    """
+
+    model: Model
+    """The pipeline: a run folder of `vistok train generator`, a bundled name (vistok/emoji-gpt) or a hub id."""
+    out: Folder
+    """Folder for the images; files of an earlier call with the same names are replaced."""
+    labels: shown(tuple[str, ...], "CLASS...", "default: none") = ()
+    """Classes by name or number; `vistok info MODEL` lists them."""
+    prompts: shown(tuple[str, ...], "TEXT...", "default: none") = ()
+    """Captions, for a generator that reads them. With --labels, the i-th of each belong together; with neither, unconditional."""
+    num_images: int = 4
+    """Images for each label or prompt."""
+    num_tokens: optional(int, "K", "default: all") = None
+    """Tokens an image; fewer only with a tokenizer of ordered tokens (FlexTok): quicker, and less detailed."""
+    guidance_scale: float = 1.5
+    """How strongly the condition counts; 1 is off."""
+    temperature: float = 1.0
+    """Below 1: safer and less varied."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens up to this much probability."""
+    min_p: float = 0.0
+    """Leave out tokens below this fraction of the likeliest one's probability."""
+    decode_steps: optional(int, "N", "default: the model's") = None
+    """Solver steps of a flow decoder (FlexTok)."""
+    seed: optional(int, "S", "default: drawn, and written down") = None
+    """Makes the same images again."""
+    batch_size: int = 32
+    """Images in memory at once; the result does not depend on it."""
+    device: Device = None
+    """Where the models run: cpu, cuda, cuda:1, mps."""
+    threads: Threads = None
+    """CPU threads of torch."""
+
+    def run(self) -> None:
+        from safetensors.torch import save_file
+
+        import vistok
+        from vistok.image import make_grid
+
+        device = use_device(self.device, self.threads)
+        pipe = vistok.load(self.model)
+        if not isinstance(pipe, vistok.TokenImagePipeline):
+            raise ValueError(f"{self.model} is a {type(pipe).__name__}, not a pipeline: `vistok train generator` makes one")
+        pipe = pipe.to(device)
+        pipe.set_progress_bar_config(desc="generate", unit="token", disable=not shows_progress())
+        sampling = {name: getattr(self, name) for name in ("num_tokens", "guidance_scale", "temperature", "top_k", "top_p", "min_p")}
+        decoding = decode_options(pipe.tokenizer, num_steps=self.decode_steps)
+        labels = [as_label(label, pipe.classes) for label in self.labels]
+        output = pipe(
+            labels=labels or None,
+            prompts=self.prompts or None,
+            num_images=self.num_images,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            decode_options=decoding,
+            **sampling,
+        )
+        self.out.mkdir(parents=True, exist_ok=True)
+        files = [f"{i:04d}.png" for i in range(len(output.images))]
+        for name, image in zip(files, output.images, strict=True):
+            image.save(self.out / name)
+        conditions = len(labels or self.prompts)
+        make_grid(output.images, columns=self.num_images if conditions > 1 else None).save(self.out / "grid.png")
+        save_file({"ids": output.tokens.ids.contiguous(), "counts": output.tokens.counts.contiguous()}, self.out / "tokens.safetensors")
+        record = {
+            "model": self.model,
+            "seed": output.seed,
+            "labels": list(self.labels),
+            "prompts": list(self.prompts),
+            "num_images": self.num_images,
+            **sampling,
+            "decode_options": decoding,
+            "stats": {**asdict(output.stats), "tokens_per_second": round(output.stats.tokens_per_second, 1)},
+            "vistok": vistok.__version__,
+            "files": files,
+        }
+        (self.out / "generation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        seconds = output.stats.seconds + output.stats.decode_seconds
+        print(f"{len(files)} images in {seconds:.1f} s, seed {output.seed}: {self.out / Path('grid.png')}")
+
+
+def as_label(text: str, classes: tuple[str, ...]) -> str | int:
+    """A class as the pipeline takes it: a number where the text is one and no class has that name."""
+    return int(text) if text.isdecimal() and text not in classes else text

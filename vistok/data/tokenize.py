@@ -1,0 +1,86 @@
+"""Images to token folders: encode a data set once, so that generators train without pixels."""
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vistok.data.base import ImageDataset
+from vistok.data.shards import TokenFolder, TokenPlan, TokenShards
+from vistok.image import from_uint8
+from vistok.tokens import VisualTokens
+
+if TYPE_CHECKING:
+    from vistok.protocols import ImageTokenizer
+
+
+@torch.no_grad()
+def tokenize_dataset(
+    tokenizer: "ImageTokenizer",
+    dataset: ImageDataset,
+    folder: str | os.PathLike,
+    *,
+    num_tokens: int | None = None,
+    flips: bool = True,
+    batch_size: int = 64,
+    source: str = "",
+    rank: int = 0,
+    world_size: int = 1,
+) -> TokenFolder | None:
+    """Write the tokens of every image of a data set and open the result; complete shards of an earlier, interrupted call are kept.
+
+    num_tokens: per image, all by default. flips: store the mirrored images' tokens too. rank, world_size: this process writes every
+    world_size-th shard; the folder is opened (not None) once all shards are there.
+    Raises ValueError: a continuous tokenizer, an empty data set, or a folder begun by another tokenizer.
+    """
+    if tokenizer.codebook_size is None:
+        raise ValueError(f"{type(tokenizer).__name__} makes continuous tokens; token folders hold ids")
+    if not len(dataset):
+        raise ValueError("there are no images to tokenize")
+    plan = TokenPlan(
+        num_images=len(dataset),
+        num_tokens=num_tokens or tokenizer.max_tokens,
+        codebook_size=tokenizer.codebook_size,
+        layout=tokenizer.layout,
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        classes=tuple(dataset.classes),
+        has_flips=flips,
+        source=source,
+    )
+    writer = TokenShards(folder, plan)
+    device = next(tokenizer.parameters()).device
+    for shard in writer.missing[rank::world_size]:
+        rows = plan.rows(shard)
+        plain, mirrored = [], []
+        for start in tqdm(range(rows.start, rows.stop, batch_size), desc=f"tokenizing shard {shard + 1} of {plan.num_shards}", disable=None):
+            part = range(start, min(start + batch_size, rows.stop))
+            images = from_uint8(torch.stack([dataset.read(row) for row in part])).to(device)
+            plain.append(_encode(tokenizer, images, num_tokens))
+            if flips:
+                mirrored.append(_encode(tokenizer, images.flip(-1), num_tokens))
+        writer.write(
+            shard,
+            VisualTokens.stack(plain),
+            flipped=VisualTokens.stack(mirrored) if flips else None,
+            labels=[dataset.labels[row] for row in rows],
+            captions=[dataset.captions[row] for row in rows],
+            names=[dataset.names[row] for row in rows],
+        )
+    return TokenFolder(folder) if not writer.missing else None
+
+
+def _encode(tokenizer: "ImageTokenizer", images: Tensor, num_tokens: int | None) -> VisualTokens:
+    return tokenizer.encode(images, num_tokens=num_tokens).to("cpu")
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """Changes with the configuration and the weights of a tokenizer."""
+    digest = hashlib.sha256(json.dumps(dict(tokenizer.config), sort_keys=True, default=str).encode())
+    for name, value in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

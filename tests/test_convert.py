@@ -105,7 +105,14 @@ def test_without_any_configuration_what_shapes_cannot_say_is_asked_for(folder):
     change_weights(folder, lambda state: None)  # drops the header too
     with pytest.raises(ValueError, match="levels.*head_width.*max_time.*scaling_factor.*patch_size"):
         from_official(folder, norm_groups=4)
-    options = {"levels": (8, 5, 5), "head_width": 16, "decoder_head_width": 16, "max_time": 1.0, "scaling_factor": 0.3, "patch_size": (2, 2)}
+    options = {
+        "levels": (8, 5, 5),
+        "head_width": 16,
+        "decoder_head_width": 16,
+        "max_time": 1.0,
+        "scaling_factor": 0.3,
+        "patch_size": (2, 2),
+    }
     again = from_official(folder, norm_groups=4, image_size=(32, 32), **options)
     assert again.settings == build().settings
 

@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROBE = """
 import sys, time, warnings
 filters = list(warnings.filters)
@@ -36,5 +38,6 @@ def test_importing_vistok_is_quick_loads_nothing_heavy_and_keeps_warning_filters
     run(PROBE)
 
 
+@pytest.mark.slow
 def test_importing_the_models_changes_no_global_state_of_torch():
     run(STATE)

@@ -93,7 +93,7 @@ def test_a_fresh_process_loads_the_same_model(model, folder, tmp_path):
     save_file({"images": images}, tmp_path / "in.safetensors")
     code = (
         "import sys, vistok; from safetensors.torch import load_file, save_file; m = vistok.load(sys.argv[1]);"
-        "t = m.encode(load_file(sys.argv[2])['images']); save_file({'ids': t.ids, 'out': m.decode(t)}, sys.argv[3])"
+        "t = m.encode(load_file(sys.argv[2])['images']); save_file({'ids': t.ids, 'out': m.decode(t).contiguous()}, sys.argv[3])"
     )
     subprocess.run([sys.executable, "-c", code, folder, tmp_path / "in.safetensors", tmp_path / "out.safetensors"], check=True)
     there, tokens = load_file(tmp_path / "out.safetensors"), model.encode(images)
@@ -184,6 +184,8 @@ def test_pickled_weights_are_never_opened(folder, name):
         ({"image_size": [64]}, "2 entries"),
         ({"channels": [10**9, 10**9]}, "config"),
         ({"channels": [10**30]}, "beyond"),
+        ({"blocks": 10**9}, "blocks"),
+        ({"blocks": -1}, "blocks"),
         ({"levels": [10**6] * 6}, "at most"),
     ],
 )
@@ -195,19 +197,22 @@ def test_a_config_that_does_not_fit_is_refused_before_anything_is_built(folder, 
     assert not {name for name in set(sys.modules) - before if not name.startswith(("vistok", "torch", "diffusers"))}
 
 
-def test_an_absurd_width_allocates_nothing(tmp_path):
+def test_an_absurd_size_allocates_nothing(tmp_path):
     import resource
 
     vistok.create("flextok-tiny").save_pretrained(tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for width in (10**6 * 64, 10**9 * 64):
-        change_config(tmp_path, encoder_width=width)
+    for changes in ({"encoder_width": 10**6 * 64}, {"encoder_width": 10**9 * 64}, {"encoder_depth": 10**9}, {"num_registers": 10**15}):
+        change_config(tmp_path, **{"encoder_width": 64, "encoder_depth": 2, "num_registers": 16, **changes})
         with pytest.raises(ValueError):
             vistok.load(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
-@pytest.mark.parametrize("text, message", [("{", "not valid JSON"), ('{"blocks": NaN}', "NaN"), ("[]", "object"), ("[" * 100000, "not valid"), ("\xff", "not valid")])
+@pytest.mark.parametrize(
+    "text, message",
+    [("{", "not valid JSON"), ('{"blocks": NaN}', "NaN"), ("[]", "object"), ("[" * 100000, "not valid"), ("\xff", "not valid")],
+)
 def test_a_config_file_that_is_no_plain_object_is_refused(folder, text, message):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises((ValueError, OSError), match=message):
@@ -234,8 +239,13 @@ class Outer:
 def test_nested_configs_are_checked_as_strictly():
     assert config_from_dict(Outer, {"inner": {"size": 3}, "rate": 1}) == Outer(Inner(3), 1.0)
     assert config_from_dict(Outer, {"inner": None}) == Outer(None)
-    for data, message in (({}, "lacks the field 'inner'"), ({"inner": {}}, "lacks the field 'size'"), ({"inner": {"size": "3"}}, "must be int"),
-                          ({"inner": None, "rate": float("inf")}, "finite"), ([], "named fields")):  # fmt: skip
+    for data, message in (
+        ({}, "lacks the field 'inner'"),
+        ({"inner": {}}, "lacks the field 'size'"),
+        ({"inner": {"size": "3"}}, "must be int"),
+        ({"inner": None, "rate": float("inf")}, "finite"),
+        ([], "named fields"),
+    ):
         with pytest.raises(ValueError, match=message):
             config_from_dict(Outer, data)
 

@@ -12,7 +12,8 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -101,8 +102,8 @@ def _run(arguments: list[str]) -> int:
         description="",
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
-    configure_logging()
-    return options.run() or 0
+    with messages_on_stderr():
+        return options.run() or 0
 
 
 def _no_such_command(arguments: list[str]) -> int:
@@ -135,10 +136,16 @@ class _AboveTheBar(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def configure_logging() -> None:
-    """Messages of vistok from INFO on go to stderr; stdout is for results."""
-    logger = logging.getLogger("vistok")
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Within the block, messages of vistok from INFO on go to stderr; stdout is for results. diffusers only tells errors."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logger, handler = logging.getLogger("vistok"), _AboveTheBar()
+    level = logger.level
     logger.setLevel(logging.INFO)
-    logger.propagate = False
-    if not any(isinstance(handler, _AboveTheBar) for handler in logger.handlers):
-        logger.addHandler(_AboveTheBar())
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -243,7 +243,7 @@ def _weights_file(folder: Path) -> Path:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".safetensors"})
-        hint = f"; it has {', '.join(others)}, which vistok does not open here (pickles can run code; use `vistok convert`)" if others else ""
+        hint = f"; it has {', '.join(others)}, which are not opened here (pickles can run code; see `vistok convert`)" if others else ""
         raise OSError(f"{folder} has no {WEIGHTS_NAME}{hint}")
     return path
 
@@ -259,9 +259,9 @@ def _check_header(path: Path, expected: dict, name: str) -> None:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
     if metadata is not None and metadata.get("format") != "pt":
         problems.append(f"the header's format is {metadata.get('format')!r}, expected 'pt'")
-    for key in [key for key, (shape, dtype) in found.items() if dtype == "I8" and found.get(key + SCALE_SUFFIX) == (shape[:1], "F32")]:
-        found[key] = (found[key][0], "F32")
-        del found[key + SCALE_SUFFIX]
+    packed = [key for key, (shape, dtype) in found.items() if dtype == "I8" and found.get(key + SCALE_SUFFIX) == (shape[:1], "F32")]
+    for key in packed:
+        found[key] = (found[key][0], found.pop(key + SCALE_SUFFIX)[1])
     for key in sorted(set(expected) - set(found)):
         problems.append(f"missing {key} {tuple(expected[key].shape)}")
     for key in sorted(set(found) - set(expected)):

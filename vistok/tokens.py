@@ -126,7 +126,8 @@ class VisualTokens:
         bad = (wanted < 1) | (wanted > self.counts)
         if bool(bad.any()):
             i = int(bad.nonzero()[0, 0])
-            raise ValueError(f"image {i} has {int(self.counts[i])} tokens, so it cannot keep {int(wanted[i])}; allowed: 1 to {int(self.counts[i])}")
+            high = int(self.counts[i])
+            raise ValueError(f"image {i} has {high} tokens, so it cannot keep {int(wanted[i])}; allowed: 1 to {high}")
         N = int(wanted.max())
         valid = _valid(wanted, N)
         data = self.data[:, :N]

@@ -51,7 +51,8 @@ def test_the_converted_config_says_what_the_case_says(model, golden):
         "n_registers": settings.num_registers, "patch_size": list(settings.patch_size), "max_grid": list(settings.max_grid),
         "mlp_ratio": settings.mlp_ratio, "posemb_scaling": settings.position_scaling, "adaLN_expansion": 2,
         "latent_channels": settings.latent_channels, "fsq_levels": list(settings.levels), "freq_dim": settings.frequency_width,
-        "max_timestep": settings.max_time, "scaling_factor": settings.vae.scaling_factor, "vae_block_out": list(settings.vae.block_channels),
+        "max_timestep": settings.max_time, "scaling_factor": settings.vae.scaling_factor,
+        "vae_block_out": list(settings.vae.block_channels),
         "vae_layers_per_block": settings.vae.layers_per_block, "vae_norm_groups": settings.vae.norm_groups,
     }  # fmt: skip
     for name, value in golden.spec["hyper"].items():
@@ -181,7 +182,9 @@ def test_decoding_from_noise_to_image(model, golden, schedule, folded):
     for name in golden.names("detok"):
         # a decode described in words: tokens[:, :k], timesteps=N, guidance_scale=S, [norm guidance], generator seed Z
         text = golden.what(name)
-        k, steps, scale, seed = (re.search(p, text) for p in (r"tokens\[:, ?:(\d+)\]", r"timesteps=(\d+)", r"guidance_scale=([\d.]+)", r"seed (\d+)"))
+        k, steps, scale, seed = (
+            re.search(p, text) for p in (r"tokens\[:, ?:(\d+)\]", r"timesteps=(\d+)", r"guidance_scale=([\d.]+)", r"seed (\d+)")
+        )
         if name in results or not (name.endswith(".image") and k and steps and scale and seed):
             continue
         generator = torch.Generator().manual_seed(int(seed[1]))

@@ -15,7 +15,7 @@ class Generate:
     OUT gets 0000.png, 0001.png, ..., grid.png (a row a label or prompt), tokens.safetensors (their ids) and generation.json (seed,
     options, speed). The same seed gives the same images; image i does not depend on how many there are.
 
-        vistok generate --model vistok/emoji-gpt --labels "Food & Drink" Flags --num-images 8 --seed 1 --out samples
+        vistok generate --model vistok/emoji-gpt --labels "Food & Drink" Symbols --num-images 8 --seed 1 --out samples
         vistok generate --model vistok/emoji-gpt --prompts "noto: red apple" --num-tokens 8 --guidance-scale 2 --out apples
     """
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import tyro
 
 from vistok.commands.common import Folder, Model, optional, shown
-from vistok.convert import FORMATS
 
 CARD_NAMES = ("README.md", "card.md")
 CARD_LINES = 12
@@ -18,6 +17,8 @@ CARD_LINES = 12
 @dataclass(frozen=True, kw_only=True)
 class Models:
     """List the presets, which `vistok.create` builds with fresh weights, and the trained models that come with the package.
+
+    A name, and one line about it.
 
         vistok models                  all of them
         vistok models "vistok/*"       the trained ones
@@ -41,6 +42,8 @@ class Models:
 @dataclass(frozen=True, kw_only=True)
 class Info:
     """Say what a model is: class, parameters, tokens, codebook, image size, classes, config, and the start of its card.
+
+    A pipeline's parts are told one after the other.
 
         vistok info vistok/emoji-flextok
         vistok info flextok-d12-d12                     a preset: shapes only, nothing is allocated
@@ -119,8 +122,8 @@ class Convert:
         vistok convert kl-vae downloads/vae --out models/vae --set image_size=[256,256]
     """
 
-    format: tyro.conf.Positional[shown(str, f"FORMAT: {' or '.join(FORMATS)}")]
-    """What the checkpoint is."""
+    format: tyro.conf.Positional[shown(str, "FORMAT")]
+    """What the checkpoint is: flextok, or kl-vae (a diffusers AutoencoderKL)."""
     path: tyro.conf.Positional[shown(str, "PATH")]
     """Its folder or weights file; with --to-official, a vistok model (folder, bundled name or hub id)."""
     out: Folder

@@ -164,8 +164,8 @@ def psnr_table(table: list[tuple[str, dict[int, float]]], counts: Sequence[int])
     lines = [*table, ("mean", {count: sum(values) / len(values) for count, values in mean.items()})] if len(table) > 1 else table
     width = max(len("PSNR, dB"), *(len(short(name)) for name, _ in lines))
     head = f"{'PSNR, dB':<{width}}" + "".join(f"{count:>8}" for count in counts) + "  tokens"
-    rows = [f"{short(name):<{width}}" + "".join(f"{scores[c]:>8.2f}" if c in scores else f"{'-':>8}" for c in counts) for name, scores in lines]
-    return "\n".join([head, *rows])
+    cells = [[f"{scores[count]:.2f}" if count in scores else "-" for count in counts] for _, scores in lines]
+    return "\n".join([head, *(f"{short(name):<{width}}" + "".join(f"{c:>8}" for c in row) for (name, _), row in zip(lines, cells))])
 
 
 def short(name: str, limit: int = 28) -> str:

@@ -93,7 +93,7 @@ class TrainTokenizer:
     """
 
     recipe: TokenizerRecipe
-    """Model, losses and settings: *-tiny take seconds, *-emoji minutes (fsq2d, vae) or hours (flextok) on a CPU, *-imagenet256 days on GPUs."""
+    """Model, losses and settings: *-tiny take seconds on a CPU, *-emoji minutes (flextok: hours), *-imagenet256 days on GPUs."""
     out: Folder
     """Run folder; made if needed, never overwritten without --resume."""
     resume: bool = False
@@ -126,7 +126,7 @@ class TrainGenerator:
     """
 
     recipe: GeneratorRecipe
-    """Model, losses and settings: gpt-tiny takes seconds, gpt-emoji minutes on a CPU; gpt-emoji-16 uses the first 16 tokens of a FlexTok."""
+    """Model, losses and settings: gpt-tiny takes seconds, gpt-emoji minutes on a CPU, gpt-emoji-16 only learns the first 16 tokens."""
     tokenizer: Model
     """The tokenizer whose tokens it learns: a run folder, vistok/emoji-fsq2d, vistok/emoji-flextok ..."""
     out: Folder

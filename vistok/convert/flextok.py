@@ -1,7 +1,7 @@
 """Official FlexTok checkpoints to FlexTok and back: same tensors, other names.
 
-An official checkpoint is `model.safetensors` with its configuration beside it (`config.json`) or in its header, one string a part. Shapes in
-the file decide widths, depths and counts; the configuration decides the rest (levels, head widths, time scale, latent scale).
+An official checkpoint is `model.safetensors` with its configuration beside it (`config.json`) or in its header, one string a part. Shapes
+in the file decide widths, depths and counts; the configuration decides the rest (levels, head widths, time scale, latent scale).
 
     official                                   here
     attn.wq, wk, wv [D, D]                     attn.qkv [3 D, D]

@@ -93,7 +93,8 @@ STEPS = (
     Step(_D + "dec_time_embedder", "TimestepEmbedder", {"timesteps_read_key": "times"}, {"time_embedding_write_key": "time"},
          {"dim": None, "frequency_embedding_size": None, "max_timestep": None}),
     Step(_D + "dec_transformer", "FlexTransformer",
-         {"input_seq_read_key": "packed", "block_mask_read_key": "mask", "adaLN_emb_read_key": "time", "adaLN_packing_fn_read_key": "packing"},
+         {"input_seq_read_key": "packed", "block_mask_read_key": "mask", "adaLN_emb_read_key": "time",
+          "adaLN_packing_fn_read_key": "packing"},
          {"output_seq_write_key": "decoded", "intermediate_layer_write_key": "tapped"}, _TRANSFORMER),
     Step(_D + "dec_unpacker", "SequenceUnpacker",
          {"packed_seq_read_key": "decoded", "inner_packed_shapes_read_key": "inner", "outer_packed_shapes_read_key": "outer"},
@@ -105,8 +106,9 @@ STEPS = (
          {"write_key": "velocity last"}, _HEAD),
     Step(_D + "dec_channels_to_first", "PerSampleOp", {"read_key": "velocity last"}, {"write_key": "velocity"},
          {"per_sample_op": ("channels_last_to_first",)}),
-    Step("pipeline", "MinRFPipeline", {"latents_read_key": "codes", "timesteps_read_key": "times", "noised_images_read_key": "noisy latents",
-         "reconst_write_key": "velocity"}, {}, {"noise_read_key": None, "target_sizes_read_key": None, "out_channels": None}),
+    Step("pipeline", "MinRFPipeline", {"latents_read_key": "codes", "timesteps_read_key": "times",
+         "noised_images_read_key": "noisy latents", "reconst_write_key": "velocity"}, {},
+         {"noise_read_key": None, "target_sizes_read_key": None, "out_channels": None}),
 )  # fmt: skip
 _REQUIRED_OPTIONS = {"per_sample_op", "mask_mode", "per_subseq_embs", "posemb_type"}
 _MODULE_LISTS = ("encoder", "decoder")
@@ -202,14 +204,16 @@ def _keys(value, meaning) -> tuple[list, tuple]:
 
 
 def settings_of(config: dict) -> dict:
-    """What the configuration alone decides: plain fields of FlexTokConfig, `scaling_factor`, and under `shapes` what the file must agree on."""
+    """What the configuration alone decides: fields of FlexTokConfig, `scaling_factor`, and under `shapes` what the file decides instead."""
     modules = check_config(config)
     encoder, decoder = modules[_E + "enc_transformer"], modules[_D + "dec_transformer"]
     if decoder.get("adaLN_expansion", 1) != 2:
         raise ValueError(f"{_D}dec_transformer.adaLN_expansion={decoder.get('adaLN_expansion', 1)!r}; understood here: 2")
     for path in (_E + "enc_to_latents", _D + "dec_to_patches"):
         if modules[path].get("use_mup_readout"):
-            log.warning("%s.use_mup_readout is set; it is read as a plain linear layer (width multiplier 1), as the published weights are", path)
+            log.warning(
+                "%s.use_mup_readout is set; it is read as a plain linear layer (width multiplier 1), as the published weights are", path
+            )
     positions = [modules[path] for path in (_E + "enc_posemb_module", _D + "dec_patches_posemb_module")]
     patching = [modules[path] for path in (_E + "enc_patch_emb", _D + "dec_noise_patch_emb", _D + "dec_to_patches")]
     pairs = {

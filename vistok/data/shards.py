@@ -159,7 +159,7 @@ class TokenShards:
                 if part.ids.shape[1] > self.plan.num_tokens:
                     raise ValueError(f"the plan holds {self.plan.num_tokens} tokens an image, got {part.ids.shape[1]}")
                 ids[:, : part.ids.shape[1]] = part.ids.cpu()
-                tensors |= {f"{copy}ids": ids, f"{copy}counts": part.counts.cpu().contiguous()}
+                tensors |= {f"{copy}ids": ids, f"{copy}counts": part.counts.cpu().clone()}
         path = shard_path(self.folder, shard)
         _check_values(tensors, self.plan, f"shard {shard}")
         texts = json.dumps({"captions": list(table), "names": list(names)}, ensure_ascii=False)

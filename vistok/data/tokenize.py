@@ -56,7 +56,8 @@ def tokenize_dataset(
     for shard in writer.missing[rank::world_size]:
         rows = plan.rows(shard)
         plain, mirrored = [], []
-        for start in tqdm(range(rows.start, rows.stop, batch_size), desc=f"tokenizing shard {shard + 1} of {plan.num_shards}", disable=None):
+        label = f"tokenizing shard {shard + 1} of {plan.num_shards}"
+        for start in tqdm(range(rows.start, rows.stop, batch_size), desc=label, disable=None):
             part = range(start, min(start + batch_size, rows.stop))
             images = from_uint8(torch.stack([dataset.read(row) for row in part])).to(device)
             plain.append(_encode(tokenizer, images, num_tokens))

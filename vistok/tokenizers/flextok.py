@@ -3,15 +3,15 @@
 Bachmann et al. 2025, arXiv 2502.13967. In the paper's order:
 
     latents    z = scaling * VAE(image)                               [B, C, h, w]
-    encoder    [patches of z | registers] -> transformer, registers causal -> linear -> FSQ -> ids [B, k]          (section 3.1)
-    dropout    keep the first k registers, k random in training: information is ordered coarse to fine            (section 3.1)
-    decoder    [patches of z_t | kept registers, rest a mask token] -> adaLN-zero transformer -> velocity v        (section 3.2)
+    encoder    [patches of z | registers] -> transformer, registers causal -> linear -> FSQ -> ids [B, k]   (section 3.1)
+    dropout    keep the first k registers, k random in training: information is ordered coarse to fine   (section 3.1)
+    decoder    [patches of z_t | kept registers, rest a mask token] -> adaLN-zero transformer -> velocity v   (section 3.2)
     training   z_t = (1 - t) z + t noise;  minimise |v - (noise - z)|^2
     sampling   from noise at t = 1 to t = 0 by Euler or Heun steps, with guidance against an all-null context
 
-Two savings over the published description change nothing in the result. A register sees only earlier ones, so k tokens need k registers. And
-the R - k masked (or R null) registers of the decoder are identical inputs that stay identical in every layer, so one of them stands for all,
-its attention key counted R - k times by adding log(R - k) to its logits.
+Two savings over the published description change nothing in the result. A register sees only earlier ones, so k tokens need k registers.
+And the R - k masked (or R null) registers of the decoder are identical inputs that stay identical in every layer, so one of them stands
+for all, its attention key counted R - k times by adding log(R - k) to its logits.
 
 B images, N = gh gw patches, R registers, k kept, D width, d = len(fsq levels), L layers, S steps.
 """
@@ -40,6 +40,7 @@ from vistok.tokenizers.vae import KLVAE, VAEConfig
 from vistok.tokens import TokenLayout, VisualTokens
 
 TIME_MAX_PERIOD = 256.0  # not the usual 10000
+MAX_DEPTH = 1000  # far above any model; a config from elsewhere must not build forever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,8 @@ class FlexTokConfig:
             width, head = getattr(self, f"{name}_width"), self.head_width if name == "encoder" else self.decoder_head_width
             if width % head or width % 4:
                 raise ValueError(f"{name}_width={width} must be a multiple of 4 and of its head width {head}")
+            if not 1 <= getattr(self, f"{name}_depth") <= MAX_DEPTH:
+                raise ValueError(f"{name}_depth={getattr(self, f'{name}_depth')} but 1 to {MAX_DEPTH} are allowed")
         if self.num_registers < 1:
             raise ValueError(f"num_registers={self.num_registers} but at least 1 is needed")
 
@@ -434,7 +437,15 @@ class FlexTok(VisualModel):
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, latents: Tensor, *, noise: Tensor, times: Tensor, counts: Tensor, num_tokens: int, is_dropped: Tensor | None = None, tap: int | None = None
+        self,
+        latents: Tensor,
+        *,
+        noise: Tensor,
+        times: Tensor,
+        counts: Tensor,
+        num_tokens: int,
+        is_dropped: Tensor | None = None,
+        tap: int | None = None,
     ) -> tuple[TokenizerOutput, Tensor | None]:
         """One training pass on latents [B, C, h, w].
 

@@ -40,6 +40,8 @@ class FSQ2DConfig:
     def __post_init__(self):
         if any(channels % 8 for channels in self.channels) or not self.channels:
             raise ValueError(f"channels={self.channels} must all be multiples of 8")
+        if not 1 <= self.blocks <= 100:
+            raise ValueError(f"blocks={self.blocks} but 1 to 100 are allowed")
         bad = [side for side in self.image_size if side % self.reduction]
         if bad:
             raise ValueError(f"image_size={self.image_size} must be a multiple of {self.reduction}")
@@ -73,8 +75,9 @@ class FSQ2D(VisualModel):
             blocks = [ResBlock(channels) for _ in range(2 * config.blocks)]
             down += blocks[: config.blocks]
             up += blocks[config.blocks :]
-        self.encoder = nn.Sequential(*down, nn.GroupNorm(8, config.channels[-1]), nn.SiLU(), nn.Conv2d(config.channels[-1], self.code_dim, 1))
-        self.decoder = nn.Sequential(nn.Conv2d(self.code_dim, config.channels[-1], 3, padding=1), *reversed(up))
+        last = config.channels[-1]
+        self.encoder = nn.Sequential(*down, nn.GroupNorm(8, last), nn.SiLU(), nn.Conv2d(last, self.code_dim, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(self.code_dim, last, 3, padding=1), *reversed(up))
 
     def quantize(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [B, h, w, d] with straight-through gradients, and ids [B, h, w]."""

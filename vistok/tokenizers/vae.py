@@ -47,6 +47,8 @@ class VAEConfig:
         bad = [channels for channels in self.block_channels if channels % self.norm_groups]
         if bad or not self.block_channels:
             raise ValueError(f"block_channels={self.block_channels} must all be multiples of norm_groups={self.norm_groups}")
+        if not 1 <= self.layers_per_block <= 100:
+            raise ValueError(f"layers_per_block={self.layers_per_block} but 1 to 100 are allowed")
         if self.scaling_factor <= 0:
             raise ValueError(f"scaling_factor={self.scaling_factor} must be positive")
 

@@ -1,6 +1,6 @@
 """PatchGAN: a small network that judges patches, and the hinge losses around it, written as one sum.
 
-Isola et al. 2017 (arXiv 1611.07004) for the network; hinge losses and the adaptive weight as in Esser et al. 2021 (arXiv 2012.09841, eq. 7).
+Isola et al. 2017 (arXiv 1611.07004) for the network; hinge losses as in Esser et al. 2021 (arXiv 2012.09841).
 
     generator     -mean D(x')                                       reads D through detached parameters
     judge         (mean relu(1 - D(x)) + mean relu(1 + D(x'))) / 2  reads detached images

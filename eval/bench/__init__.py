@@ -1,0 +1,1 @@
+"""Speed against the slow path and against other implementations, in one run."""

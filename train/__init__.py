@@ -1,0 +1,1 @@
+"""Training scripts to run and to copy; what `vistok train` does, in sight."""

@@ -188,7 +188,7 @@ class VisualModel(ModelMixin, ConfigMixin):
         # safetensors' memory map leaves tensors unaligned, which changes results in the last bit; copying into the model's own does not.
         state = load_file(path)
         model.load_state_dict({key: _unpacked(state, key).to(expected[key].dtype) for key in expected}, strict=True)
-        return model.to(dtype).eval()
+        return nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns about modules it would keep in float32, of which we have none
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, dtype: torch.dtype | None = None, **options) -> None:
         """Write config.json and model.safetensors; each file is complete or absent at any instant.
@@ -214,6 +214,7 @@ class VisualModel(ModelMixin, ConfigMixin):
         try:
             save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
             (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            os.chmod(temporary / WEIGHTS_NAME, (temporary / CONFIG_NAME).stat().st_mode)  # safetensors makes files only their owner can read
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 os.replace(temporary / name, folder / name)
         finally:

@@ -1,8 +1,12 @@
 """The command line on tiny models and a tiny folder: every command end to end, its help, its errors, resuming."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from typing import get_args
 
 import numpy as np
@@ -165,6 +169,20 @@ def test_resume_continues_a_run_and_gives_the_model_of_an_uninterrupted_one(phot
     assert run("train", "tokenizer", *common, "--out", tmp_path / "cut", "--resume") == 0
     whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_ctrl_c_in_a_training_saves_and_says_how_to_continue(photos, tmp_path, capsys):
+    def interrupt():
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    arguments = ["--recipe", "fsq2d-tiny", "--data", photos, "--out", tmp_path / "run", *FAST, "--log-every", 1, "--max-steps", 100_000]
+    assert run("train", "tokenizer", *arguments) == 130
+    thread.join()
+    assert "--resume continues" in capsys.readouterr().err and (tmp_path / "run" / "model" / "config.json").exists()
 
 
 def test_an_image_size_builds_the_model_for_it(photos, tmp_path):

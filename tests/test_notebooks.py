@@ -26,7 +26,7 @@ from jupyter_client.manager import AsyncKernelManager  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:work|tmp|root|home|Users|usr|opt|var|mnt|private)\b|\b[A-Z]:\\\\")
+MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:work|tmp|root|home|Users|usr|opt|var|mnt|private)\b|\b[A-Z]:\\")
 SHOWS = ("print(", "display(", "plt.show(", "make_strip(", "make_grid(")
 
 

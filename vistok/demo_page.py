@@ -31,7 +31,7 @@ nav a { text-decoration: none } nav a:hover { text-decoration: underline }
 img { display: block; width: 100%; height: auto; border-radius: 8px; background: #fff }
 .strip { flex: 1; display: grid; gap: .45rem; min-width: max-content; grid-template-columns: repeat(var(--columns), minmax(4rem, 1fr)) }
 .strip span { font-size: .8rem; color: var(--soft); text-align: center; align-self: end; font-variant-numeric: tabular-nums }
-.strip .first { padding-right: .45rem; border-right: 1px solid var(--line) }
+.card + p { margin-top: 2.2rem } .card + .protocol { margin-top: .6rem }
 .tiles { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)) }
 .groups { display: grid; gap: 0 1.6rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)) }
 .groups .tiles { grid-template-columns: repeat(auto-fill, minmax(3.6rem, 1fr)) }
@@ -86,7 +86,7 @@ def render(report: "DemoReport", protocol_line: Callable[["Evaluation"], str]) -
 
 
 def _picture(shown: "Shown") -> str:
-    return f'<img src="{escape(shown.file)}" alt="{escape(shown.alt)}" loading="lazy">'
+    return f'<img src="{escape(shown.file)}" alt="{escape(shown.alt)}">'
 
 
 def _model(source: str, about: str) -> str:
@@ -109,11 +109,8 @@ def _tokenizer(result: "TokenizerResult") -> str:
 
 
 def _strip(heads: list[str], rows: list[list["Shown"]]) -> str:
-    def cell(i: int, inside: str) -> str:
-        return f'<div class="first">{inside}</div>' if i == 0 else f"<div>{inside}</div>"
-
     cells = "".join(f"<span>{head}</span>" for head in heads)
-    cells += "".join(cell(i, _picture(shown)) for row in rows for i, shown in enumerate(row))
+    cells += "".join(f"<div>{_picture(shown)}</div>" for row in rows for shown in row)
     return f'<div class="strip" style="--columns: {len(heads)}">{cells}</div>'
 
 

@@ -214,7 +214,7 @@ class VisualModel(ModelMixin, ConfigMixin):
         try:
             save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
             (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            os.chmod(temporary / WEIGHTS_NAME, (temporary / CONFIG_NAME).stat().st_mode)  # safetensors makes files only their owner can read
+            os.chmod(temporary / WEIGHTS_NAME, (temporary / CONFIG_NAME).stat().st_mode)  # else only the owner could read it
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 os.replace(temporary / name, folder / name)
         finally:

@@ -29,9 +29,9 @@ class Demo:
     """With --train: optimizer steps of the tokenizer."""
     generator_steps: optional(int, "N", "default: 1400") = None
     """With --train: optimizer steps of the generator."""
-    num_images: int = 96
+    num_images: int = 160
     """Held-out images that are measured."""
-    num_samples: int = 4
+    num_samples: int = 6
     """New images of each class."""
     seed: int = 0
     """Of training, noise, samples and the choice of images."""

@@ -46,26 +46,35 @@ class GenerationStats:
         )
 
 
+def guidance_until(scale: float, num_steps: int) -> Callable[[int], float]:
+    """A guidance schedule: `scale` for the first `num_steps` tokens, none after. LlamaGen's cfg_interval c is num_steps = c + 2."""
+    return lambda step: scale if step < num_steps else 1.0
+
+
 @torch.no_grad()
 def generate(
     model,
     condition,
     *,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator] | None = None,
+    uniforms: Tensor | None = None,
     num_tokens: int | None = None,
     sampling: SamplingConfig | None = None,
     guidance_scale: float | Callable[[int], float] = 1.0,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[VisualTokens, GenerationStats]:
-    """Tokens of B images, one image a generator.
+    """Tokens of B images, one image a generator, or a row of uniforms.
 
     condition: of the B images (`model.make_condition`). num_tokens: k, all by default; fewer are a prefix of what more would be.
     guidance_scale: s, or a function of the step. The unconditional rows are dropped behind the last step with s other than 1.
     on_step: called with the step and all ids so far [B, step + 1] after each token.
+    uniforms: [B, num_tokens or more] on [0, 1), instead of generators: token n is drawn by uniform n (`decoding.sampling.sample`).
     Every generator is advanced by `model.max_tokens` uniforms whatever num_tokens is; image i depends on its own alone.
-    Raises ValueError: num_tokens is out of range, or the model is in training mode.
+    Raises ValueError: num_tokens is out of range, the model is in training mode, or not exactly one of generators and uniforms is given.
     """
-    B, N = len(generators), model.max_tokens if num_tokens is None else num_tokens
+    if (generators is None) == (uniforms is None):
+        raise ValueError("give generators or uniforms, one of both")
+    B, N = len(uniforms if generators is None else generators), model.max_tokens if num_tokens is None else num_tokens
     if isinstance(N, bool) or not isinstance(N, int) or not 1 <= N <= model.max_tokens:
         raise ValueError(f"num_tokens={num_tokens!r} but this generator makes 1 to {model.max_tokens} tokens")
     if model.training:
@@ -75,7 +84,11 @@ def generate(
     guided_steps = max((n + 1 for n, scale in enumerate(scales) if scale != 1), default=0)
 
     began = time.perf_counter()
-    uniforms = rng.rand((model.max_tokens,), generators, device=model.device, dtype=torch.float64)
+    if generators is not None:
+        uniforms = rng.rand((model.max_tokens,), generators, device=model.device, dtype=torch.float64)
+    elif uniforms.shape[1] < N:
+        raise ValueError(f"uniforms hold {uniforms.shape[1]} draws an image, but {N} tokens are asked for")
+    uniforms = uniforms.to(model.device)
     rows = 2 * B if guided_steps else B
     cache = model.new_cache(rows, N)
     ids = torch.empty(B, N, dtype=torch.int64, device=model.device)

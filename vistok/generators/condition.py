@@ -8,7 +8,8 @@ label or caption, dropout in training and the unconditional half of guidance.
 Captions are read in one of two ways:
 * "hash": words and their character trigrams are hashed into one table that trains with the generator. One token for the bag of all words,
   then one a word. Needs nothing, knows nothing beforehand; an unseen word is read by its trigrams.
-* any transformers text model: frozen, its hidden states are projected by an MLP.
+* any transformers text model: frozen, its hidden states are projected by an MLP. Padding is either a learned vector, or, as in LlamaGen,
+  hidden from attention on the left of the text, with a fixed table of features as the null caption.
 
 Shapes: B images, P prefix tokens, D width, W words, T text tokens, F width of text features.
 """
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _WORD = re.compile(r"\w+:?|[^\w\s\x00-\x7f]")  # a style prefix ("noto:") keeps its colon; symbols beyond ASCII are words
@@ -33,12 +35,15 @@ class Condition:
     labels: [B] int64 class, -1 is the null class; None where the generator has no classes.
     words: [B, W, 16] int64 table rows of each word's pieces, -1 in the padding; None unless captions are hashed. No word: null caption.
     features, mask: [B, T, F] float and [B, T] bool, of a text model; None unless there is one. Nothing in the mask: null caption.
+    absent: [B] bool, where the caption is null although the mask stays; None unless the padding is hidden from attention. LlamaGen's null
+    caption hides what the padding of the caption in its place would hide.
     """
 
     labels: Tensor | None = None
     words: Tensor | None = None
     features: Tensor | None = None
     mask: Tensor | None = None
+    absent: Tensor | None = None
 
     def _map(self, function) -> "Condition":
         return Condition(**{f.name: None if getattr(self, f.name) is None else function(getattr(self, f.name)) for f in fields(self)})
@@ -58,7 +63,9 @@ class Condition:
             out = replace(out, labels=self.labels.masked_fill(classes.to(self.labels.device), NULL))
         if self.words is not None:
             out = replace(out, words=self.words.masked_fill(captions.to(self.words.device)[:, None, None], NULL))
-        if self.mask is not None:
+        if self.absent is not None:
+            out = replace(out, absent=self.absent | captions.to(self.absent.device))
+        elif self.mask is not None:
             out = replace(out, mask=self.mask & ~captions.to(self.mask.device)[:, None])
         return out
 
@@ -165,17 +172,53 @@ class ProjectedCaption(CaptionTokens):
         return self.fill(self.mlp(features.to(self.positions.dtype)), mask)
 
 
+class MaskedCaption(nn.Module):
+    """LlamaGen's captions: features through an MLP, nothing added; the null caption is a fixed random table of features."""
+
+    def __init__(self, num_tokens: int, features: int, width: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.register_buffer("null", torch.randn(num_tokens, features) / features**0.5)
+        self.mlp = nn.Sequential(nn.Linear(features, width, bias=False), nn.GELU("tanh"), nn.Linear(width, width, bias=False))
+
+    def forward(self, features: Tensor, absent: Tensor) -> Tensor:
+        """features: [B, T, F]. absent: [B] bool, rows with the null caption. T is num_tokens. Returns [B, T, D]."""
+        return self.mlp(torch.where(absent[:, None, None], self.null, features.to(self.null.dtype)))
+
+
+def align_right(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Captions with their padding moved to the left and set to zero: (features [B, T, F], mask [B, T], absent [B]).
+
+    A caption without text is absent; its mask is all True, so that the whole null table is seen.
+    """
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    features = (features * mask[..., None]).gather(1, order[..., None].expand_as(features))
+    absent = ~mask.any(1)
+    return features, mask.gather(1, order) | absent[:, None], absent
+
+
 class ConditionPrefix(nn.Module):
     """Condition -> prefix tokens [B, P, D]; see the file's head."""
 
-    def __init__(self, *, width: int, num_classes: int, text: str, caption_tokens: int, caption_width: int, caption_buckets: int):
+    def __init__(
+        self,
+        *,
+        width: int,
+        num_classes: int,
+        text: str,
+        caption_tokens: int,
+        caption_width: int,
+        caption_buckets: int,
+        caption_padding: str = "learned",
+    ):
         super().__init__()
         self.classes = ClassTokens(num_classes, width) if num_classes else None
         self.caption: nn.Module | None = None
         if text == "hash":
             self.caption = HashedCaption(caption_tokens, caption_buckets, width)
         elif text != "none":
-            self.caption = ProjectedCaption(caption_tokens, caption_width, width)
+            kind = MaskedCaption if caption_padding == "hidden" else ProjectedCaption
+            self.caption = kind(caption_tokens, caption_width, width)
         parts = [part for part in (self.classes, self.caption) if part is not None]
         self.num_tokens = sum(part.num_tokens for part in parts) or 1
         self.start = None if parts else nn.Parameter(torch.empty(width).normal_(std=0.02))
@@ -187,9 +230,17 @@ class ConditionPrefix(nn.Module):
         parts = [] if self.classes is None else [self.classes(condition.labels)]
         if isinstance(self.caption, HashedCaption):
             parts.append(self.caption(condition.words))
+        elif isinstance(self.caption, MaskedCaption):
+            parts.append(self.caption(condition.features, condition.absent))
         elif self.caption is not None:
             parts.append(self.caption(condition.features, condition.mask))
         return torch.cat(parts, dim=1)
+
+    def visible(self, condition: Condition) -> Tensor | None:
+        """[B, P] bool: prefix tokens that others may attend to; None where all may be."""
+        if not isinstance(self.caption, MaskedCaption):
+            return None
+        return condition.mask if self.classes is None else F.pad(condition.mask, (1, 0), value=True)
 
 
 class TextEncoder:

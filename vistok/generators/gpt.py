@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import NULL, Condition, ConditionPrefix, hash_captions
+from vistok.generators.condition import NULL, Condition, ConditionPrefix, align_right, hash_captions
 from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import SwiGLU
@@ -58,6 +59,9 @@ class GPTConfig:
     """Tokens of a caption: words, besides the token for all of them, with "hash"; the text model's tokens otherwise."""
     caption_width: int = 0
     """Width of the text model's features; not used by "hash"."""
+    caption_padding: Literal["learned", "hidden"] = "learned"
+    """With a text model: "learned" puts a learned vector into the padding, on the right, and adds positions; "hidden" puts the padding on
+    the left and hides it from attention, as LlamaGen's weights expect."""
     caption_buckets: int = 4096
     """Rows of the table of "hash"."""
     condition_attention: Literal["learned", "uniform"] = "learned"
@@ -81,6 +85,8 @@ class GPTConfig:
             raise ValueError("two classes have the same name")
         if self.text not in ("none", "hash") and self.caption_width < 1:
             raise ValueError(f"text={self.text!r} needs caption_width, the width of that model's features")
+        if self.text in ("none", "hash") and self.caption_padding != "learned":
+            raise ValueError(f"caption_padding={self.caption_padding!r} needs a text model, but text={self.text!r}")
         for name in ("codebook_size", "depth", "num_heads", "caption_tokens", "caption_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -135,6 +141,7 @@ class GPT(VisualModel):
             caption_tokens=config.caption_tokens,
             caption_width=config.caption_width,
             caption_buckets=config.caption_buckets,
+            caption_padding=config.caption_padding,
         )
         self.embedding = nn.Embedding(config.codebook_size, config.width)
         self.positions = nn.Parameter(torch.empty(self.max_tokens, config.width)) if config.layout_kind == "sequence" else None
@@ -200,7 +207,9 @@ class GPT(VisualModel):
                 raise ValueError(f"this generator reads captions through {config.text!r}: pass features of it (TextEncoder)")
             shape = (batch_size, config.caption_tokens)
             features = features or (torch.zeros(*shape, config.caption_width), torch.zeros(shape, dtype=torch.bool))
-            made = replace(made, features=features[0], mask=features[1])
+            if config.caption_padding == "hidden":
+                features = align_right(*features)
+            made = replace(made, **dict(zip(("features", "mask", "absent"), features)))
         return made.to(device)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None) -> KVCache:
@@ -234,13 +243,18 @@ class GPT(VisualModel):
         x = self.embedding(ids)
         if self.positions is not None:
             x = x + self.positions[first : first + T]
+        visible = None if cache is None else cache.visible
         if not start:
-            x = torch.cat([self.prefix(condition or self.make_condition(B), B).to(x.dtype), x], dim=1)
-        x = self._run(x, cache, keep)
+            condition = condition or self.make_condition(B)
+            x = torch.cat([self.prefix(condition, B).to(x.dtype), x], dim=1)
+            visible = self.prefix.visible(condition)
+            if cache is not None:
+                cache.visible = visible
+        x = self._run(x, cache, keep, visible)
         return self.head(self.norm(x if start else x[:, self.prefix_length - 1 :]))
 
-    def _run(self, x: Tensor, cache: KVCache | None, keep: Tensor | None) -> Tensor:
-        """The blocks on x [B, T, D], which sits behind the cache's content."""
+    def _run(self, x: Tensor, cache: KVCache | None, keep: Tensor | None, visible: Tensor | None) -> Tensor:
+        """The blocks on x [B, T, D], which sits behind the cache's content. visible: [B, P] bool, see KVCache."""
         start, T = (0 if cache is None else cache.length), x.shape[1]
         if cache is not None:
             cache.check(T)
@@ -249,14 +263,18 @@ class GPT(VisualModel):
             rows = self.rotations[start : start + T]
             turn = lambda q: rotate(q, rows)  # noqa: E731
         mask = None
-        if start and T > 1:
+        if T > 1 and (start or visible is not None):
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        if visible is not None:
+            seen = F.pad(visible, (0, start + T - visible.shape[1]), value=True)[:, None, None]  # [B, 1, 1, S]
+            own = torch.eye(T, start + T, dtype=torch.bool, device=x.device).roll(start, 1)  # hidden tokens still see themselves
+            mask = seen | own if mask is None else mask & seen | own
         for i, block in enumerate(self.blocks):
             x = block(
                 x,
                 keep=None if keep is None else keep[i],
                 mask=mask,
-                is_causal=not start and T > 1,
+                is_causal=mask is None and T > 1,
                 rotate=turn,
                 cache=None if cache is None else cache.layer(i),
             )
@@ -277,8 +295,44 @@ def gpt_emoji(**overrides) -> GPT:
     return GPT(replace(GPTConfig(text="hash", caption_tokens=7, caption_buckets=2048, hidden=512), **overrides))
 
 
+def _llamagen(width: int, depth: int, num_heads: int, **overrides) -> GPT:
+    """LlamaGen's shape on a 16 x 16 grid of 16,384 codes, with ImageNet's classes unless overrides say otherwise."""
+    fixed = dict(codebook_size=16384, layout_shape=(16, 16), condition_attention="uniform", num_classes=1000)
+    return GPT(replace(GPTConfig(width=width, depth=depth, num_heads=num_heads, **fixed), **overrides))
+
+
 @register
 def gpt_b(**overrides) -> GPT:
-    """LlamaGen-B: 768 wide, 12 layers, 12 heads; 111 M parameters on ImageNet's classes and a 16 x 16 grid of 16,384 codes."""
-    base = GPTConfig(codebook_size=16384, layout_shape=(16, 16), width=768, depth=12, num_heads=12, num_classes=1000)
-    return GPT(replace(base, **overrides))
+    """LlamaGen-B: 768 wide, 12 layers, 12 heads; 111 M parameters."""
+    return _llamagen(768, 12, 12, **overrides)
+
+
+@register
+def gpt_l(**overrides) -> GPT:
+    """LlamaGen-L: 1024 wide, 24 layers, 16 heads; 343 M parameters."""
+    return _llamagen(1024, 24, 16, **overrides)
+
+
+@register
+def gpt_xl(**overrides) -> GPT:
+    """LlamaGen-XL: 1280 wide, 36 layers, 20 heads; 775 M parameters."""
+    return _llamagen(1280, 36, 20, **overrides)
+
+
+@register
+def gpt_xxl(**overrides) -> GPT:
+    """LlamaGen-XXL: 1536 wide, 48 layers, 24 heads; 1.4 B parameters."""
+    return _llamagen(1536, 48, 24, **overrides)
+
+
+@register
+def gpt_3b(**overrides) -> GPT:
+    """LlamaGen-3B: 3200 wide, 24 layers, 32 heads; 3.1 B parameters."""
+    return _llamagen(3200, 24, 32, **overrides)
+
+
+@register
+def gpt_xl_t2i(**overrides) -> GPT:
+    """LlamaGen-XL for captions, read by FLAN-T5-XL in 120 tokens with the padding on the left; 775 M parameters."""
+    text = dict(num_classes=0, text="google/flan-t5-xl", caption_tokens=120, caption_width=2048, caption_padding="hidden")
+    return _llamagen(1280, 36, 20, **{**text, **overrides})

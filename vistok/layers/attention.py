@@ -50,3 +50,27 @@ class Attention(nn.Module):
             k, v = cache(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale)
         return self.proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class CrossAttention(nn.Module):
+    """softmax(q k^T / sqrt(d) + mask) v of queries [B, T, D] over a context [B, S, C], projected; biases everywhere.
+
+    width: D. context_width: C.
+    """
+
+    def __init__(self, width: int, context_width: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """mask: boolean (True attends) or additive float, broadcastable to [B, h, T, S]."""
+        B, T, D = x.shape
+        q = self.query(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+        k, v = self.key_value(context).view(B, context.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))

@@ -13,6 +13,7 @@ class KVCache:
     """Static cache: writes are slices at `length`, reads are views of the filled part, forgetting is lowering `length`.
 
     keys, values: [L, B, h, S, d]. length: positions filled, a Python int, so nothing here waits for the device.
+    visible: [B, P] bool of the first P positions, False where later ones may not look (a caption's padding); None: they may look everywhere.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.length = 0
+        self.visible: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -77,3 +79,4 @@ class KVCache:
     def keep_rows(self, num_rows: int) -> None:
         """Forget all rows but the first ones: the unconditional half, once guidance is over. Copies nothing."""
         self.keys, self.values = self.keys[:, :num_rows], self.values[:, :num_rows]
+        self.visible = None if self.visible is None else self.visible[:num_rows]

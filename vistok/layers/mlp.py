@@ -16,3 +16,17 @@ class SwiGLU(nn.Module):
         """x: [..., width], returns the same shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * up)
+
+
+class MLP(nn.Module):
+    """out(gelu(up x)) with biases; gelu is the exact one unless approximate="tanh"."""
+
+    def __init__(self, width: int, hidden: int, *, approximate: str = "none"):
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, width)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., width], returns the same shape."""
+        return self.out(F.gelu(self.up(x), approximate=self.approximate))

@@ -206,7 +206,7 @@ class TrainingRun:
         if self.log:
             self.task.eval()
             with self.log.paused(), self.ema.in_place(), _seeded(self.config.seed, self.device):
-                self.log.pictures(self.step, self.task.preview(self.step))
+                self.log.preview(self.step, self.task.preview(self.step))
             self.task.train()
 
     def save(self) -> None:

@@ -165,7 +165,8 @@ def vae_imagenet256() -> Recipe:
     """A KL-VAE of the published shape (f8, 16 channels) with LPIPS and a PatchGAN, for folders of 256 px photos; days on 8 large GPUs."""
     config = TrainConfig(
         out=Path(), data="imagenet/train", image_size=256, max_steps=500_000, batch_size=256, learning_rate=1e-4, betas=(0.9, 0.95),
-        warmup_steps=1000, ema_decay=0.9999, precision="bf16", compile=True, workers=8, save_every=5000, preview_every=5000, process_timeout=600,
+        warmup_steps=1000, ema_decay=0.9999, precision="bf16", compile=True, workers=8, save_every=5000, preview_every=5000,
+        process_timeout=600,
     )  # fmt: skip
     return Recipe("tokenizer", config, _vae({"latent_channels": 16}, kl_weight=1e-6, lpips_weight=1.0, gan_weight=0.1, gan_start=20_000))
 
@@ -180,8 +181,8 @@ def flextok_tiny() -> Recipe:
 def flextok_emoji() -> Recipe:
     """64 tokens of 1,000 codes on the latents of emoji-vae; between one and two hours on a CPU core."""
     config = TrainConfig(
-        out=Path(), data="emoji", image_size=64, max_steps=14_000, batch_size=32, learning_rate=1.5e-3, betas=(0.9, 0.95), weight_decay=0.02,
-        warmup_steps=200, schedule="trapezoid", decay_fraction=0.4, final_fraction=0.02, ema_decay=0.999, save_every=500,
+        out=Path(), data="emoji", image_size=64, max_steps=14_000, batch_size=32, learning_rate=1.5e-3, betas=(0.9, 0.95),
+        weight_decay=0.02, warmup_steps=200, schedule="trapezoid", decay_fraction=0.4, final_fraction=0.02, ema_decay=0.999, save_every=500,
         preview_every=1000, log_every=50,
     )  # fmt: skip
     return Recipe("tokenizer", config, _flextok(FLEXTOK_EMOJI, "vistok/emoji-vae", **FLEXTOK_EMOJI_TASK))

@@ -66,8 +66,8 @@ class TrainingTask(nn.Module):
             workers=config.workers,
         )
 
-    def preview(self, step: int) -> dict[str, Image.Image]:
-        """Pictures that show how far the model is, by name; called with the averaged weights, in eval mode, without gradients."""
+    def preview(self, step: int) -> dict[str, Image.Image | float]:
+        """Pictures and numbers that show how far the model is, by name; called with the averaged weights, in eval mode."""
         return {}
 
     def save_pretrained(self, folder: Path) -> None:

@@ -88,14 +88,17 @@ class RunLog:
         speed, remaining = self._images / seconds, (self.max_steps - step) * seconds / max(1, self._steps)
         self._clock, self._images, self._steps = now, 0, 0
         entry = {"step": step, **values, "images_per_s": round(speed, 2), "eta_s": round(remaining, 1)}
+        self._write(entry)
+        self._bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4g}, {speed:.1f} images/s", refresh=False)
+
+    def _write(self, entry: Mapping[str, float]) -> None:
         path = self.out / "metrics.jsonl"
         with _naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        self._bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4g}, {speed:.1f} images/s", refresh=False)
         if self._board:
             for name, value in entry.items():
                 if name != "step":
-                    self._board.add_scalar(name, value, step)
+                    self._board.add_scalar(name, value, entry["step"])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -106,11 +109,16 @@ class RunLog:
         finally:
             self._clock += time.perf_counter() - begin
 
-    def pictures(self, step: int, images: Mapping[str, Image.Image]) -> None:
-        """Write previews."""
+    def preview(self, step: int, shown: Mapping[str, Image.Image | float]) -> None:
+        """Write pictures, and numbers as a line of metrics of their own."""
+        numbers = {name: value for name, value in shown.items() if isinstance(value, float)}
+        if numbers:
+            self._write({"step": step, **numbers})
         folder = self.out / "previews"
         folder.mkdir(exist_ok=True)
-        for name, image in images.items():
+        for name, image in shown.items():
+            if name in numbers:
+                continue
             path = folder / f"step_{step:08d}_{name}.png"
             with _naming(path):
                 image.save(path)

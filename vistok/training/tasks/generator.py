@@ -245,12 +245,11 @@ class GeneratorTask(TrainingTask):
         return total / count
 
     @torch.no_grad()
-    def preview(self, step: int) -> dict[str, Image.Image]:
-        """A grid of samples under conditions spread over the training set, from the same noise each time."""
-        if self.held_out is not None:
-            logger.info("step %d: held-out cross-entropy %.4f", step, self.held_out_loss())
+    def preview(self, step: int) -> dict[str, Image.Image | float]:
+        """The loss on held-out images, and samples under conditions spread over the training set, from the same noise each time."""
+        numbers = {} if self.held_out is None else {"held_out_cross_entropy": self.held_out_loss()}
         if self.tokenizer is None:
-            return {}
+            return numbers
         rows = torch.linspace(0, len(self.dataset) - 1, self.config.preview_images).round().long().tolist()
         generators = rng.image_generators(0, len(rows))
         tokens, _ = generate(
@@ -260,7 +259,7 @@ class GeneratorTask(TrainingTask):
             sampling=SamplingConfig(top_k=self.config.preview_top_k),
             guidance_scale=self.config.preview_guidance,
         )
-        return {"samples": make_grid(self.tokenizer.decode(tokens, generators=generators).float().cpu())}
+        return {**numbers, "samples": make_grid(self.tokenizer.decode(tokens, generators=generators).float().cpu())}
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a pipeline where there is a tokenizer, the generator alone where there is none."""

@@ -1,0 +1,172 @@
+"""VQGAN: a 2D grid of codes; a convolutional network around a codebook of unit vectors. LlamaGen's tokenizer.
+
+Sun et al. 2024 (LlamaGen, arXiv 2406.06525), section 2.1, after Esser et al. 2021 (VQGAN, arXiv 2012.09841) and Yu et al. 2021
+(ViT-VQGAN, arXiv 2110.04627: low-dimensional, l2-normalised codes).
+
+    z      = 1x1 conv(encoder(x))                                  [B, h, w, d]
+    id     = argmax_k cos(z, e_k);   code = e_id / |e_id|
+    x'     = decoder(1x1 conv(code))
+    loss   = |x' - x|^2 + |code - sg z|^2 + 0.25 |sg code - z|^2   unit vectors both; LPIPS and a PatchGAN come from the training task
+
+Attention sits at the lowest resolution of the encoder and of the decoder, after every residual block, and between both.
+
+B images, h w = H/f W/f with f = 2^(levels - 1), d code_dim, K codes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from vistok.layers.pyramid import PyramidDecoder, PyramidEncoder
+from vistok.modeling import VisualModel
+from vistok.protocols import TokenizerOutput
+from vistok.quantizers import VQ, QuantizerOutput, VQConfig
+from vistok.registry import register
+from vistok.tokenizers.base import check_ids, check_images
+from vistok.tokens import TokenLayout, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQGANConfig:
+    """Shape of the tokenizer; the default is LlamaGen's VQ-16."""
+
+    image_size: tuple[int, int] = (256, 256)
+    """Height and width it was trained at, in pixels; others work too."""
+    width: int = 128
+    """Channels after the first convolution."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels a resolution, in widths; each but the last halves the grid, so five make f = 16."""
+    blocks: int = 2
+    """Residual blocks a resolution in the encoder; the decoder has one more."""
+    latent_channels: int = 256
+    """Channels between the networks and the 1x1 convolutions."""
+    codebook_size: int = 16384
+    """K."""
+    code_dim: int = 8
+    """d."""
+    norm_groups: int = 32
+    """Groups of the group norms."""
+    commitment_weight: float = 0.25
+    """Weight, in training, of the pull of the vectors to their codes."""
+
+    def __post_init__(self):
+        for name in ("image_size", "multipliers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.multipliers or any(self.width * factor % self.norm_groups for factor in (1, *self.multipliers)):
+            raise ValueError(f"width={self.width} times each of multipliers={self.multipliers} must be a multiple of {self.norm_groups}")
+        if not 1 <= self.blocks <= 100:
+            raise ValueError(f"blocks={self.blocks} but 1 to 100 are allowed")
+        if any(side % self.reduction for side in self.image_size):
+            raise ValueError(f"image_size={self.image_size} must be a multiple of {self.reduction}")
+
+    @property
+    def reduction(self) -> int:
+        """f: pixels a token, along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@register
+class VQGAN(VisualModel):
+    """Convolutional encoder, codebook of unit vectors, convolutional decoder."""
+
+    Config = VQGANConfig
+
+    def __init__(self, config: VQGANConfig):
+        super().__init__(config)
+        shape = dict(
+            width=config.width,
+            multipliers=config.multipliers,
+            blocks=config.blocks,
+            attention=(len(config.multipliers) - 1,),
+            norm_groups=config.norm_groups,
+        )
+        self.encoder = PyramidEncoder(config.latent_channels, **shape)
+        self.to_code = nn.Conv2d(config.latent_channels, config.code_dim, 1)
+        self.quantizer = VQ(
+            VQConfig(
+                codebook_size=config.codebook_size,
+                code_dim=config.code_dim,
+                metric="cosine",
+                commitment_weight=config.commitment_weight,
+            )
+        )
+        self.from_code = nn.Conv2d(config.code_dim, config.latent_channels, 1)
+        self.decoder = PyramidDecoder(config.latent_channels, **shape)
+        self.codebook_size, self.code_dim = config.codebook_size, config.code_dim
+        h, w = (side // config.reduction for side in config.image_size)
+        self.layout = TokenLayout("grid", (h, w))
+        self.min_tokens = self.max_tokens = h * w
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """z [B, h, w, d] before quantization, not normalised."""
+        images = check_images(images, multiple=self.settings.reduction)
+        return self.to_code(self.encoder(images.to(self.to_code.weight.dtype))).permute(0, 2, 3, 1)
+
+    def quantize(self, images: Tensor) -> QuantizerOutput:
+        """Unit codes [B, h, w, d] with straight-through gradients, ids [B, h, w], and the quantizer's losses."""
+        return self.quantizer(self.vectors(images))
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Images [B, 3, H, W], unclamped, of codes [B, h, w, d]."""
+        return self.decoder(self.from_code(codes.to(self.from_code.weight.dtype).permute(0, 3, 1, 2)))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, num_tokens: int | None = None, generators: Sequence[torch.Generator] | None = None) -> VisualTokens:
+        """ids [B, h*w] in raster order; deterministic, so generators are not used.
+
+        Raises ValueError: num_tokens is not the grid's size (a grid has no shorter form).
+        """
+        ids = self.quantizer.nearest(self.vectors(images))
+        h, w = ids.shape[1:]
+        if num_tokens not in (None, h * w):
+            raise ValueError(f"num_tokens={num_tokens} but this tokenizer makes exactly {h * w} tokens of such an image")
+        return VisualTokens.from_ids(ids.flatten(1), TokenLayout("grid", (h, w)))
+
+    @torch.no_grad()
+    def decode(self, tokens: VisualTokens, *, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1]; deterministic, so generators are not used.
+
+        Raises ValueError: an id outside the codebook, or rows shorter than the grid.
+        """
+        h, w = tokens.layout.shape
+        if bool((tokens.counts != h * w).any()):
+            raise ValueError(f"this tokenizer decodes exactly {h * w} tokens, got {tokens.counts.tolist()}")
+        codes = self.embed(check_ids(tokens, self.codebook_size, "vqgan"))
+        return self.decode_codes(codes.unflatten(1, (h, w))).clamp(-1, 1)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Unit codes [..., d] of ids [...]. Raises ValueError: an id is outside [0, K)."""
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
+            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        return self.quantizer.decode(ids)
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """Training pass: mean squared error of the reconstruction, and the quantizer's losses."""
+        out = self.quantize(images)
+        reconstruction = self.decode_codes(out.codes)
+        losses = {"mse": (reconstruction.float() - images).square().mean(), **out.terms}
+        tokens = VisualTokens.from_ids(out.ids.flatten(1), TokenLayout("grid", tuple(out.ids.shape[1:])))
+        return TokenizerOutput(reconstruction, tokens, losses)
+
+
+@register
+def vq_16(**overrides) -> VQGAN:
+    """LlamaGen's VQ-16: f16, 256 tokens of 16,384 codes for a 256 px image; 72 M parameters."""
+    return VQGAN(replace(VQGANConfig(), **overrides))
+
+
+@register
+def vq_8(**overrides) -> VQGAN:
+    """LlamaGen's VQ-8: f8, 1,024 tokens of 16,384 codes for a 256 px image; 70 M parameters."""
+    return VQGAN(replace(VQGANConfig(multipliers=(1, 2, 2, 4)), **overrides))
+
+
+@register
+def vqgan_tiny(**overrides) -> VQGAN:
+    """The smallest that still works, f8; for tests and tours."""
+    base = VQGANConfig(
+        image_size=(64, 64), width=16, multipliers=(1, 1, 2, 2), blocks=1, latent_channels=16, codebook_size=256, norm_groups=8
+    )
+    return VQGAN(replace(base, **overrides))

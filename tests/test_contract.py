@@ -40,9 +40,10 @@ def generators(numbers):
 
 
 def test_its_sizes_agree_with_what_it_makes(tokenizer, images):
-    tokens = tokenizer.encode(images)
+    chosen, tokens = tokenizer.encode(images), tokenizer.encode(images, num_tokens=tokenizer.max_tokens)
     assert 1 <= tokenizer.min_tokens <= tokenizer.max_tokens == tokenizer.layout.num_tokens == tokens.data.shape[1]
-    assert tokens.layout == tokenizer.layout and tokens.counts.tolist() == [tokenizer.max_tokens] * 4
+    assert tokens.layout == chosen.layout == tokenizer.layout and tokens.counts.tolist() == [tokenizer.max_tokens] * 4
+    assert chosen.counts.min() >= tokenizer.min_tokens and chosen.counts.max() <= tokenizer.max_tokens  # its own choice, where it has one
     if tokenizer.codebook_size is None:
         assert tokens.values.shape[-1] == tokenizer.code_dim
     else:
@@ -84,7 +85,8 @@ def test_a_spoilt_image_leaves_its_neighbours_alone(tokenizer, images, bad):
     others = torch.tensor([0, 2, 3])
     same(tokens[others], expected[others], atol=1e-6)
     if tokens.ids is not None:
-        assert tokens.ids.min() >= 0 and tokens.ids.max() < tokenizer.codebook_size
+        ids = tokens.ids[tokens.mask]
+        assert ids.min() >= 0 and ids.max() < tokenizer.codebook_size
 
 
 def test_decoded_images_are_finite_and_in_range(tokenizer, images):

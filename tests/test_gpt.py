@@ -4,7 +4,7 @@ import torch
 import vistok
 from vistok import rng
 from vistok.data.shards import TokenFolder, TokenPlan, TokenShards
-from vistok.decoding import SamplingConfig, generate
+from vistok.decoding import SamplingConfig, generate, guidance_until
 from vistok.generators import GPT
 from vistok.generators.condition import fnv1a, hash_captions, split_words
 from vistok.layers.rope import rope_table, rotate
@@ -181,6 +181,72 @@ def test_a_saved_generator_is_the_same_generator(tmp_path):
     assert torch.equal(again(ids, three(again)), model(ids, three(model)))
 
 
+def masked(**overrides):
+    text = dict(text="some/t5", caption_tokens=6, caption_width=12, caption_padding="hidden", num_classes=0)
+    return make("llamagen", **{**text, **overrides})
+
+
+def caption_features(lengths):
+    features = torch.randn(len(lengths), 6, 12, generator=torch.Generator().manual_seed(2))
+    return features, torch.arange(6) < torch.tensor(lengths)[:, None]
+
+
+@torch.no_grad()
+def test_hidden_padding_is_seen_by_nothing_on_either_side():
+    model, (features, mask) = masked(), caption_features([3, 6, 1])
+    ids = torch.randint(200, (3, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(ids, model.make_condition(3, features=(features, mask)))
+    noisy = torch.where(mask[..., None], features, 1e3)
+    assert torch.equal(model(ids, model.make_condition(3, features=(noisy, mask))), expected)
+    left = (features.flip(1), mask.flip(1))  # the text is reversed, its padding on the left
+    assert not torch.allclose(model(ids, model.make_condition(3, features=left))[1], expected[1])
+    alone = model(ids[:1], model.make_condition(1, features=(features[:1], mask[:1])))
+    assert torch.allclose(alone[0], expected[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_cache_remembers_what_is_hidden():
+    model = masked(num_classes=3)
+    condition = model.make_condition(3, labels=[0, 1, 2], features=caption_features([2, 6, 4]))
+    ids = torch.randint(200, (3, 15), generator=torch.Generator().manual_seed(0))
+    expected, cache = model(ids, condition), model.new_cache(3)
+    parts = [model(ids[:, :2], condition, cache=cache), model(ids[:, 2:7], cache=cache)]
+    cache.keep_rows(2)
+    parts = [part[:2] for part in parts] + [model(ids[:2, n : n + 1], cache=cache) for n in range(7, 15)]
+    assert (torch.cat(parts, 1) - expected[:2]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_null_caption_of_hidden_padding_keeps_the_mask_and_an_empty_caption_is_null():
+    model = masked()
+    condition = model.make_condition(2, features=caption_features([3, 0]))
+    assert condition.absent.tolist() == [False, True] and condition.mask.sum(1).tolist() == [3, 6]
+    null = condition.null()
+    assert null.absent.all() and torch.equal(null.mask, condition.mask)
+    assert condition.and_null().absent.tolist() == [False, True, True, True]
+    start = torch.empty(1, 0, dtype=torch.int64)
+    assert torch.equal(model(start, condition[1:]), model(start))
+    with pytest.raises(ValueError, match="needs a text model"):
+        make(caption_padding="hidden")
+
+
+def test_given_uniforms_draw_what_the_same_generators_would():
+    model = make()
+    uniforms = rng.rand((16,), rng.image_generators(5, 3), dtype=torch.float64)
+    drawn, _ = generate(model, three(model), generators=rng.image_generators(5, 3), guidance_scale=2.0)
+    given, _ = generate(model, three(model), uniforms=uniforms, guidance_scale=2.0)
+    assert torch.equal(drawn.ids, given.ids)
+    for wrong in ({}, {"uniforms": uniforms, "generators": rng.image_generators(5, 3)}):
+        with pytest.raises(ValueError, match="one of both"):
+            generate(model, three(model), **wrong)
+    with pytest.raises(ValueError, match="5 draws"):
+        generate(model, three(model), uniforms=uniforms[:, :5])
+
+
+def test_guidance_until_a_step_is_that_schedule():
+    assert [guidance_until(3.0, 2)(n) for n in range(4)] == [3.0, 3.0, 1.0, 1.0]
+
+
 def test_gpt_b_has_the_size_of_llamagen_b():
     with torch.device("meta"):
         assert round(sum(p.numel() for p in vistok.create("gpt-b").parameters()) / 1e6) == 111
@@ -310,4 +376,4 @@ def test_a_stopped_run_resumes_bit_by_bit(folder, tmp_path):
     run("parts", 2)
     resumed = run("parts", 4, resume=True)
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
-    assert "held-out cross-entropy" in (tmp_path / "whole" / "log.txt").read_text()
+    assert "held_out_cross_entropy" in (tmp_path / "whole" / "metrics.jsonl").read_text()

@@ -23,6 +23,7 @@ _HOMES = {
     "make_grid": "image",
     "open_dataset": "data",
     "image_generators": "rng",
+    "prune": "pruning",
 }
 __all__ = ["__version__", *_HOMES]
 

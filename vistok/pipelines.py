@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from vistok import rng
-from vistok.decoding import GenerationStats, SamplingConfig, generate
+from vistok.decoding import GenerationStats, SamplingConfig, generate, step_sizes
 from vistok.generators import TextEncoder
 from vistok.image import to_pil
 from vistok.modeling import MAX_CONFIG_BYTES, VisualModel, read_config
@@ -110,13 +110,15 @@ class TokenImagePipeline(DiffusionPipeline):
 
         labels: class names or numbers. prompts: captions. With both, the i-th of each belong together; with neither, unconditional.
         num_images: for each label or prompt; images of one come one after the other.
-        num_tokens: tokens an image; a tokenizer of ordered tokens (FlexTok) decodes any number, a grid needs all, the default.
-        guidance_scale: 1 is off; or a function of the step. temperature, top_k, top_p, min_p: see `SamplingConfig`.
+        num_tokens: tokens an image; a tokenizer of ordered tokens (FlexTok) decodes any number, one of scales (VAR) whole scales, a grid
+        needs all, the default.
+        guidance_scale: 1 is off; or a function of the step; VAR rises to it from scale to scale.
+        temperature, top_k, top_p, min_p: see `SamplingConfig`.
         seed: of image i's own generator, with i; drawn and returned when there are no generators. generators: one an image, instead.
         batch_size: images in memory at once; the result does not depend on it.
         decode_options: for `tokenizer.decode`, such as a flow decoder's num_steps and guidance_scale.
         output_type: "pil", or values in [0, 1] as "pt" [n, 3, H, W] or "np" [n, H, W, 3].
-        callback_on_step_end: called with (pipeline, step, ids [B, step + 1]) after each token of each batch.
+        callback_on_step_end: called with (pipeline, step, ids so far) after each step, a token or a scale, of each batch.
         Raises ValueError: an unknown label (the nearest class is named), a condition that the generator cannot read, a wrong number.
         """
         if output_type not in ("pil", "pt", "np"):
@@ -139,7 +141,7 @@ class TokenImagePipeline(DiffusionPipeline):
             )
 
         parts, pictures, stats = [], [], GenerationStats(0, 0, 0, 0.0)
-        with self.progress_bar(total=steps * -(-total // batch_size)) as bar:
+        with self.progress_bar(total=len(step_sizes(self.generator, steps)) * -(-total // batch_size)) as bar:
 
             def on_step(step: int, ids: Tensor) -> None:
                 bar.update()

@@ -53,6 +53,18 @@ def create(name: str, **overrides):
     return _PRESETS[name](**overrides)
 
 
+def preset_help(name: str) -> str:
+    """What a preset says of itself. Raises KeyError: there is no such preset."""
+    _fill()
+    return inspect.getdoc(_PRESETS[name]) or ""
+
+
+def is_bundled(source: str | os.PathLike) -> bool:
+    """Whether a source names a model that ships with the package, not a folder that happens to be called the same."""
+    name = os.fspath(source)
+    return name.startswith("vistok/") and not Path(name).is_dir() and (BUNDLED / name.removeprefix("vistok/")).is_dir()
+
+
 def model_class(name: str) -> type:
     """The registered model class of that name. Raises ValueError: there is none."""
     _fill()

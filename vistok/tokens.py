@@ -5,6 +5,7 @@ Shapes: B images, N tokens (padded to the longest row), C channels of a continuo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,6 +36,13 @@ class TokenLayout:
         if self.kind == "scales":
             return sum(h * w for h, w in self.shape)
         return self.shape[0] if self.kind == "sequence" else self.shape[0] * self.shape[1]
+
+    def whole_counts(self, low: int, high: int) -> list[int] | None:
+        """Token counts from low to high at which a scale ends; None where every count is whole."""
+        if self.kind != "scales":
+            return None
+        ends = accumulate(h * w for h, w in self.shape)
+        return [end for end in ends if low <= end <= high]
 
     def coordinates(self) -> Tensor:
         """[N, 2] float: row and column of each token in [0, 1). A sequence has row 0 and its position as column."""

@@ -94,9 +94,9 @@ def description(model, title: str) -> list[str]:
 
 def preset_lines(name: str) -> list[str]:
     """The docstring of a preset."""
-    from vistok.registry import _PRESETS
+    from vistok.registry import preset_help
 
-    return (inspect.getdoc(_PRESETS[name]) or "").splitlines()
+    return preset_help(name).splitlines()
 
 
 def card_lines(folder: Path, limit: int) -> list[str]:
@@ -123,7 +123,8 @@ class Convert:
     """
 
     format: tyro.conf.Positional[shown(str, "FORMAT")]
-    """What the checkpoint is: flextok, or kl-vae (a diffusers AutoencoderKL)."""
+    """What the checkpoint is: flextok, kl-vae (a diffusers AutoencoderKL), titok, maskgit, rar, llamagen (its tokenizer or GPT), var, seed, lavit,
+    tokenflow or tokenflow-t2i."""
     path: tyro.conf.Positional[shown(str, "PATH")]
     """Its folder or weights file; with --to-official, a vistok model (folder, bundled name or hub id)."""
     out: Folder

@@ -135,7 +135,7 @@ def token_counts(tokenizer, wanted: Sequence[int], encoded: int) -> list[int]:
                 f"{name} has a fixed length, {encoded} tokens for such an image: leave out --num-tokens; FlexTok models decode any count"
             )
         return [encoded]
-    counts = sorted(set(wanted)) or default_token_counts(tokenizer.min_tokens, encoded)
+    counts = sorted(set(wanted)) or default_token_counts(tokenizer.min_tokens, encoded, tokenizer.layout)
     wrong = [count for count in counts if not tokenizer.min_tokens <= count <= encoded]
     if wrong:
         raise ValueError(f"--num-tokens {wrong[0]}: this {name} makes {tokenizer.min_tokens} to {encoded} tokens")

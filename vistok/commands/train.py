@@ -12,9 +12,19 @@ import tyro
 from vistok.commands.common import BadImages, Folder, Model, optional
 
 TokenizerRecipe = Literal[
-    "fsq2d-tiny", "fsq2d-emoji", "vae-tiny", "vae-emoji", "vae-imagenet256", "flextok-tiny", "flextok-emoji", "flextok-imagenet256"
+    "fsq2d-tiny", "fsq2d-emoji", "vae-tiny", "vae-emoji", "vae-imagenet256", "flextok-tiny", "flextok-emoji", "flextok-imagenet256",
+    "titok-tiny", "titok-tiny-stage1", "titok-tiny-stage2", "titok-emoji", "titok-imagenet256",
+    "titok-imagenet256-stage1", "titok-imagenet256-stage2",
+    "vqgan-tiny", "vqgan-imagenet256",
+    "lavit-tiny", "lavit-emoji",
+    "seed-tiny", "seed-emoji",
+    "tokenflow-tiny", "tokenflow-emoji", "tokenflow-imagenet256",
+    "var-vqvae-tiny", "var-vqvae-imagenet256",
 ]
-GeneratorRecipe = Literal["gpt-tiny", "gpt-emoji", "gpt-emoji-16"]
+GeneratorRecipe = Literal[
+    "gpt-tiny", "gpt-emoji", "gpt-emoji-16", "var-tiny", "var-imagenet256", "gpt-imagenet256",
+    "maskgit-tiny", "maskgit-imagenet256", "rar-tiny", "rar-imagenet256",
+]
 
 RECIPES_OWN = "default: the recipe's"
 
@@ -99,7 +109,8 @@ class TrainTokenizer:
     resume: bool = False
     """Continue the run in OUT from its newest complete checkpoint."""
     vae: optional(str, "MODEL", "default: the recipe's; vistok/emoji-vae for flextok-emoji") = None
-    """FlexTok: the trained KL-VAE on whose latents it works."""
+    """A trained model to build on. FlexTok: the KL-VAE on whose latents it works. titok-*-stage1: the 2D tokenizer whose codes it learns;
+    titok-*-stage2: the run of stage 1."""
     image_size: optional(int, "PIXELS", RECIPES_OWN) = None
     """Images are resized and cropped to this square, and the model is built for it."""
     training: TrainOptions = TrainOptions()

@@ -11,6 +11,15 @@ from pathlib import Path
 FORMATS = {
     "flextok": "vistok.convert.flextok",
     "kl-vae": "vistok.convert.kl_vae",
+    "maskgit": "vistok.convert.maskgit",
+    "rar": "vistok.convert.rar",
+    "titok": "vistok.convert.titok",
+    "llamagen": "vistok.convert.llamagen",
+    "var": "vistok.convert.var",
+    "seed": "vistok.convert.seed",
+    "tokenflow": "vistok.convert.tokenflow",
+    "tokenflow-t2i": "vistok.convert.tokenflow_t2i",
+    "lavit": "vistok.convert.lavit",
 }
 
 

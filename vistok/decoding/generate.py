@@ -1,4 +1,4 @@
-"""The plain decoding loop: one token at a time, one pass of the model each.
+"""The plain decoding loop: one step at a time, one pass of the model each. A step is one token, or a scale where the model says so.
 
     guided = unconditional + s (conditional - unconditional)        s = 1: no guidance, and no unconditional rows are computed
 
@@ -51,6 +51,16 @@ def guidance_until(scale: float, num_steps: int) -> Callable[[int], float]:
     return lambda step: scale if step < num_steps else 1.0
 
 
+def step_sizes(model, num_tokens: int) -> tuple[int, ...]:
+    """Tokens of each decoding step: what the model's own `step_sizes` says, else one a step."""
+    return model.step_sizes(num_tokens) if hasattr(model, "step_sizes") else (1,) * num_tokens
+
+
+def guidance_schedule(model, scale: float) -> Callable[[int], float]:
+    """Guidance of each step where a number is given: what the model's own `guidance_schedule` says, else that number throughout."""
+    return model.guidance_schedule(scale) if hasattr(model, "guidance_schedule") else lambda step: scale
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -66,12 +76,21 @@ def generate(
     """Tokens of B images, one image a generator, or a row of uniforms.
 
     condition: of the B images (`model.make_condition`). num_tokens: k, all by default; fewer are a prefix of what more would be.
-    guidance_scale: s, or a function of the step. The unconditional rows are dropped behind the last step with s other than 1.
-    on_step: called with the step and all ids so far [B, step + 1] after each token.
+    guidance_scale: s, or a function of the step; a model with a schedule of its own (VAR) rises to a number that is given. The
+    unconditional rows are dropped behind the last step with s other than 1.
+    on_step: called with the step and all ids so far, [B, step + 1] where a step is a token, after each step.
     uniforms: [B, num_tokens or more] on [0, 1), instead of generators: token n is drawn by uniform n (`decoding.sampling.sample`).
     Every generator is advanced by `model.max_tokens` uniforms whatever num_tokens is; image i depends on its own alone.
-    Raises ValueError: num_tokens is out of range, the model is in training mode, or not exactly one of generators and uniforms is given.
+    Raises ValueError: num_tokens is out of range or ends inside a step, the model is in training mode, or generators and uniforms are both
+    given or both not.
     """
+    if hasattr(model, "mask_id"):
+        from vistok.decoding.parallel import generate_parallel  # that module builds on this one
+
+        model.step_sizes(model.max_tokens if num_tokens is None else num_tokens)  # a part of an image is refused
+        if generators is None:
+            raise ValueError("a generator that fills masks draws from generators, not from uniforms")
+        return generate_parallel(model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale, on_step=on_step)
     if (generators is None) == (uniforms is None):
         raise ValueError("give generators or uniforms, one of both")
     B, N = len(uniforms if generators is None else generators), model.max_tokens if num_tokens is None else num_tokens
@@ -80,7 +99,10 @@ def generate(
     if model.training:
         raise ValueError("the generator is in training mode; call .eval() first")
     sampling = sampling or SamplingConfig()
-    scales = [float(guidance_scale(n) if callable(guidance_scale) else guidance_scale) for n in range(N)]
+    sizes = step_sizes(model, N)
+    if not callable(guidance_scale):
+        guidance_scale = guidance_schedule(model, guidance_scale)
+    scales = [float(guidance_scale(step)) for step in range(len(sizes))]
     guided_steps = max((n + 1 for n, scale in enumerate(scales) if scale != 1), default=0)
 
     began = time.perf_counter()
@@ -93,18 +115,20 @@ def generate(
     cache = model.new_cache(rows, N)
     ids = torch.empty(B, N, dtype=torch.int64, device=model.device)
     new, start = ids.new_empty(rows, 0), condition.and_null() if guided_steps else condition
-    for n in range(N):
-        if rows > B and n == guided_steps:
+    done = 0
+    for step, (size, scale) in enumerate(zip(sizes, scales)):
+        if rows > B and step == guided_steps:
             rows, new = B, new[:B]
             cache.keep_rows(B)
-        logits = model(new, start, cache=cache)[:, -1].float()
+        logits = model(new, start, cache=cache)[:, -size:].float()  # [rows, size, K]
         if rows > B:
             conditional, unconditional = logits.chunk(2)
-            logits = conditional if scales[n] == 1 else unconditional + scales[n] * (conditional - unconditional)
-        ids[:, n] = sample(warp(logits, sampling).softmax(-1), uniforms[:, n])
-        new, start = ids[:, n : n + 1].repeat(rows // B, 1), None
+            logits = conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
+        made = slice(done, done + size)
+        ids[:, made] = sample(warp(logits, sampling).softmax(-1), uniforms[:, made])
+        new, start, done = ids[:, made].repeat(rows // B, 1), None, done + size
         if on_step is not None:
-            on_step(n, ids[:, : n + 1])
+            on_step(step, ids[:, :done])
     ids.sum().item()  # wait for the device, so that seconds means something
-    stats = GenerationStats(B, B * N, N, time.perf_counter() - began)
+    stats = GenerationStats(B, B * N, len(sizes), time.perf_counter() - began)
     return VisualTokens.from_ids(ids, model.layout), stats

@@ -46,4 +46,24 @@ def heun(velocity: Velocity, x: Tensor, times: Tensor, on_step: Callable[[int, T
     return x
 
 
+def euler_maruyama(
+    velocity: Velocity, x: Tensor, times: Tensor, noise: Callable[[int], Tensor], on_step: Callable[[int, Tensor], None] | None = None
+) -> Tensor:
+    """The reverse stochastic process with the same marginals and the diffusion g^2 = 2t (Ma et al. 2024, arXiv 2401.08740).
+
+        score = -((1 - t) v + x) / t;   drift = v - t score = (2 - t) v + x
+        x <- x + drift (t' - t) + sqrt(2 t) sqrt(t - t') noise           the last step has no noise
+
+    noise: standard normal of x's shape for a step. Otherwise as `euler`.
+    """
+    for step in range(len(times) - 1):
+        if on_step is not None:
+            on_step(step, x)
+        t, length = times[step].item(), (times[step] - times[step + 1]).item()
+        x = x - length * ((2 - t) * velocity(x, step) + x)
+        if step + 2 < len(times):
+            x = x + (2 * t * length) ** 0.5 * noise(step)
+    return x
+
+
 SOLVERS = {"euler": euler, "heun": heun}

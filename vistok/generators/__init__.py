@@ -2,5 +2,9 @@
 
 from vistok.generators.condition import Condition, TextEncoder
 from vistok.generators.gpt import GPT, GPTConfig
+from vistok.generators.maskgit import MaskGIT, MaskGITConfig
+from vistok.generators.rar import RAR, RARConfig
+from vistok.generators.tokenflow_t2i import TokenFlowT2I, TokenFlowT2IConfig
+from vistok.generators.var import VAR, VARConfig
 
-__all__ = ["GPT", "Condition", "GPTConfig", "TextEncoder"]
+__all__ = ["GPT", "RAR", "VAR", "Condition", "GPTConfig", "MaskGIT", "MaskGITConfig", "RARConfig", "TextEncoder", "TokenFlowT2I", "TokenFlowT2IConfig", "VARConfig"]

@@ -191,6 +191,7 @@ def align_right(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
     A caption without text is absent; its mask is all True, so that the whole null table is seen.
     """
+    mask = mask.bool()
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
     features = (features * mask[..., None]).gather(1, order[..., None].expand_as(features))
     absent = ~mask.any(1)

@@ -267,8 +267,8 @@ class GPT(VisualModel):
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
         if visible is not None:
             seen = F.pad(visible, (0, start + T - visible.shape[1]), value=True)[:, None, None]  # [B, 1, 1, S]
-            own = torch.eye(T, start + T, dtype=torch.bool, device=x.device).roll(start, 1)  # hidden tokens still see themselves
-            mask = seen | own if mask is None else mask & seen | own
+            itself = torch.eye(T, dtype=torch.bool, device=x.device)  # hidden tokens too, or their rows would be empty
+            mask = (seen if mask is None else mask & seen) | F.pad(itself, (start, 0))
         for i, block in enumerate(self.blocks):
             x = block(
                 x,

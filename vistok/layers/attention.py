@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D width, h heads, d = D / h.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,15 +15,25 @@ from vistok.layers.norms import plain_layer_norm
 class Attention(nn.Module):
     """softmax(scale q k^T + mask) v, projected.
 
-    width: D. num_heads: h. qk_norm: LayerNorm without parameters over each head's q and k.
+    width: D. num_heads: h. qk_norm: LayerNorm over each head's q and k, without parameters, or with when "learned".
     scale: of the products; 1/sqrt(d) by default. bias: in all projections.
     """
 
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False, scale: float | None = None, bias: bool = False):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qk_norm: bool | Literal["learned"] = False,
+        scale: float | None = None,
+        bias: bool = False,
+    ):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
         self.num_heads, self.qk_norm, self.scale = num_heads, qk_norm, scale
+        if qk_norm == "learned":
+            self.q_norm, self.k_norm = (nn.LayerNorm(width // num_heads, eps=1e-6) for _ in range(2))
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.proj = nn.Linear(width, width, bias=bias)
 
@@ -42,7 +53,9 @@ class Attention(nn.Module):
         """
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        if self.qk_norm:
+        if self.qk_norm == "learned":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm:
             q, k = plain_layer_norm(q), plain_layer_norm(k)
         if rotate is not None:
             q, k = rotate(q), rotate(k)

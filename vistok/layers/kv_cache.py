@@ -13,7 +13,7 @@ class KVCache:
     """Static cache: writes are slices at `length`, reads are views of the filled part, forgetting is lowering `length`.
 
     keys, values: [L, B, h, S, d]. length: positions filled, a Python int, so nothing here waits for the device.
-    visible: [B, P] bool of the first P positions, False where later ones may not look (a caption's padding); None: they may look everywhere.
+    visible: [B, P] bool of the first P positions, False where later ones may not look (a caption's padding); None: they may everywhere.
     """
 
     def __init__(

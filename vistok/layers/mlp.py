@@ -19,7 +19,7 @@ class SwiGLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """out(gelu(up x)) with biases; gelu is the exact one unless approximate="tanh"."""
+    """out(gelu(up x)) with biases; gelu is the exact one unless approximate is "tanh", or "sigmoid": x sigmoid(1.702 x), as CLIP has it."""
 
     def __init__(self, width: int, hidden: int, *, approximate: str = "none"):
         super().__init__()
@@ -29,4 +29,19 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., width], returns the same shape."""
-        return self.out(F.gelu(self.up(x), approximate=self.approximate))
+        x = self.up(x)
+        return self.out(x * (1.702 * x).sigmoid() if self.approximate == "sigmoid" else F.gelu(x, approximate=self.approximate))
+
+
+class GEGLU(nn.Module):
+    """out(gelu(gate x) * up x) with biases and the exact gelu (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden)
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., width], returns the same shape."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.out(F.gelu(gate) * up)

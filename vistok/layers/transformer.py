@@ -1,7 +1,7 @@
 """The classic transformer block: attention, then a feed-forward layer, each with a residual and a LayerNorm.
 
-    pre-norm     x = x + attention(norm(x));  x = x + mlp(norm(x))      (ViT, CLIP)
-    post-norm    x = norm(x + attention(x));  x = norm(x + mlp(x))      (BERT)
+pre-norm     x = x + attention(norm(x));  x = x + mlp(norm(x))      (ViT, CLIP)
+post-norm    x = norm(x + attention(x));  x = norm(x + mlp(x))      (BERT)
 """
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from vistok.layers.mlp import MLP
 class TransformerBlock(nn.Module):
     """Self-attention and GELU MLP with biases; x: [B, T, D].
 
-    width: D. hidden: width inside the MLP. post_norm: BERT's order instead of ViT's. approximate: of the GELU, "none" or "tanh".
+    width: D. hidden: width inside the MLP. post_norm: BERT's order instead of ViT's. approximate: of the GELU, "none", "tanh" or "sigmoid".
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from vistok.metrics.reconstruction import as_saved, psnr, ssim
 from vistok.metrics.retrieval import nearest_feature_is_right
 from vistok.metrics.sources import ImageSource, batches, choose
 from vistok.rng import image_generators
-from vistok.tokens import VisualTokens
+from vistok.tokens import TokenLayout, VisualTokens
 
 _NOT_OPTIONS = ("tokens", "generators", "noise", "on_step")
 
@@ -119,8 +119,11 @@ def _reconstruct(
     return torch.cat(scores), torch.cat(found), usage
 
 
-def default_token_counts(min_tokens: int, max_tokens: int) -> list[int]:
-    """Powers of two inside the range, and both of its ends."""
+def default_token_counts(min_tokens: int, max_tokens: int, layout: TokenLayout | None = None) -> list[int]:
+    """Powers of two inside the range, and both of its ends; of a layout of scales, the counts at which a scale ends."""
+    whole = None if layout is None else layout.whole_counts(min_tokens, max_tokens)
+    if whole is not None:
+        return whole
     powers = [2**i for i in range(max_tokens.bit_length())]
     return sorted({min_tokens, max_tokens, *(power for power in powers if min_tokens <= power <= max_tokens)})
 
@@ -230,7 +233,7 @@ def _counts(tokenizer, num_tokens: Sequence[int] | None, encoded: int) -> list[i
         if num_tokens and set(num_tokens) != {encoded}:
             raise ValueError(f"num_tokens={list(num_tokens)} but this tokenizer always makes {encoded} tokens of such an image")
         return [encoded]
-    counts = sorted(set(num_tokens)) if num_tokens else default_token_counts(tokenizer.min_tokens, encoded)
+    counts = sorted(set(num_tokens)) if num_tokens else default_token_counts(tokenizer.min_tokens, encoded, tokenizer.layout)
     if counts[0] < tokenizer.min_tokens or counts[-1] > encoded:
         wrong = counts[0] if counts[0] < tokenizer.min_tokens else counts[-1]
         raise ValueError(f"num_tokens={wrong} but this tokenizer makes {tokenizer.min_tokens} to {encoded} tokens of such an image")

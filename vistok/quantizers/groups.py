@@ -2,8 +2,9 @@
 
 Qu et al. 2024, arXiv 2412.03069, section 3.1:  id = argmin_k sum_g w_g |z_g - e_gk|^2.
 
-A group is a slice of the vector with its own weight and metric; "cosine" compares unit vectors. Because every group's distance is Euclidean
-once its slice is normalised, the sum is the plain Euclidean distance of the slices scaled by sqrt(w_g): one matrix product looks all groups up.
+A group is a slice of the vector with its own weight and metric; "cosine" compares unit vectors. Because every group's distance is
+Euclidean once its slice is normalised, the sum is the plain Euclidean distance of the slices scaled by sqrt(w_g): one matrix product
+looks all groups up.
 
 TokenFlow is `(CodeGroup(dim=32, metric="cosine"), CodeGroup(dim=8, metric="cosine"))`.
 """

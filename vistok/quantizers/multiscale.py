@@ -5,7 +5,11 @@ Tian et al. 2024 (VAR), arXiv 2404.02905, algorithms 1 and 2; Qu et al. 2024 (To
     r = h;  f = 0;  for each scale s:
         q_s = quantize(area(r, s));  u = refine_s(bicubic(q_s, s_S));  f = f + u;  r = r - sg(u)
 
-f is what decoders and language models read. `refine` is the identity in TokenFlow and a convolution in VAR.
+f is what decoders and language models read. `refine` is the identity in TokenFlow and a convolution in VAR (phi.py). Two ways up to a
+larger grid are in use, and they are not interchangeable:
+    direct        every map goes straight to the last grid, f = sum_s refine_s(bicubic(map_s, s_S)): `decode`, `totals`;
+                  VAR's generator reads area(f, s_(i+1)) of it
+    progressive   the running sum grows from grid to grid, f = bicubic(f + map_s, s_(i+1)): `next_scale_inputs`; TokenFlow's generator
 B images, d channels, h w the last grid, N tokens = sum of all grids, coarse to fine, each row-major.
 """
 
@@ -17,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.quantizers.base import QuantizerOutput
+from vistok.quantizers.vq import VQ
 
 
 @dataclass(frozen=True)
 class MultiScaleOutput:
-    """total: f [B, d, h, w], gradients pass straight through. ids: [B, N] int64. losses: named scalars, averaged over the scales.
+    """total: f [B, d, h, w], gradients pass straight through. ids: [B, N] int64; a dropped scale has none.
 
-    inputs: what each scale had to quantize, [B, d, s, s] each.
+    losses: named scalars, averaged over the scales. inputs: what each scale had to quantize, [B, d, s, s] each.
     """
 
     total: Tensor
@@ -61,11 +66,18 @@ class MultiScaleResidual(nn.Module):
         return ends.index(num_tokens) + 1
 
     def forward(self, h: Tensor, *, num_scales: int | None = None, dropped: int | None = None) -> MultiScaleOutput:
-        """Quantize h [B, d, h, w] of the last grid's size, with straight-through gradients and losses.
+        """Quantize h [B, d, h, w] of the last grid's size, with straight-through gradients and losses, in float32; total in h.dtype.
 
         num_scales: use only the first ones. dropped: the number of a scale to leave out, as training does now and then.
+        In training mode a VQ's codebook moves once, by the vectors of all scales together.
         """
-        return self._run(h, self.quantizer, range(len(self.scales) if num_scales is None else num_scales), dropped)
+        numbers = range(len(self.scales) if num_scales is None else num_scales)
+        if not (self.training and isinstance(self.quantizer, VQ)):
+            return self._run(h, self.quantizer, numbers, dropped)
+        self.quantizer.start(_rows([F.interpolate(h.detach().float(), size=self.scales[number], mode="area") for number in numbers]))
+        out = self._run(h, self.quantizer.quantize, numbers, dropped)
+        self.quantizer.observe(_rows(out.inputs), out.ids)
+        return out
 
     @torch.no_grad()
     def encode(self, h: Tensor, *, num_scales: int | None = None) -> MultiScaleOutput:
@@ -73,27 +85,28 @@ class MultiScaleResidual(nn.Module):
 
         def quantize(z: Tensor) -> QuantizerOutput:
             ids = self.quantizer.nearest(z)
-            return QuantizerOutput(codes=self.quantizer.decode(ids).to(z.dtype), ids=ids, loss=z.new_zeros(()))
+            return QuantizerOutput(codes=self.quantizer.decode(ids), ids=ids, loss=z.new_zeros(()))
 
         return self._run(h, quantize, range(len(self.scales) if num_scales is None else num_scales), None)
 
     def _run(self, h: Tensor, quantize: Callable[[Tensor], QuantizerOutput], numbers: range, dropped: int | None) -> MultiScaleOutput:
         if h.shape[-2:] != self.scales[-1]:
             raise ValueError(f"features have the grid {tuple(h.shape[-2:])}, the last scale is {self.scales[-1]}")
-        residual, total = h, torch.zeros_like(h)
-        ids, losses, inputs = [], [], []
-        for number in numbers:
-            if number == dropped:
-                continue
-            inputs.append(F.interpolate(residual, size=self.scales[number], mode="area"))
-            out = quantize(inputs[-1].permute(0, 2, 3, 1))
-            update = self._enlarged(out.codes.permute(0, 3, 1, 2), number)
-            total = total + update
-            residual = residual - update.detach()
-            ids.append(out.ids.flatten(1))
-            losses.append(out.terms)
+        with torch.autocast(h.device.type, enabled=False):  # each scale reads the rounding errors of all before it
+            residual, total = h.float(), torch.zeros_like(h, dtype=torch.float32)
+            ids, losses, inputs = [], [], []
+            for number in numbers:
+                if number == dropped:
+                    continue
+                inputs.append(F.interpolate(residual, size=self.scales[number], mode="area"))
+                out = quantize(inputs[-1].permute(0, 2, 3, 1))
+                update = self._enlarged(out.codes.permute(0, 3, 1, 2), number)
+                total = total + update
+                residual = residual - update.detach()
+                ids.append(out.ids.flatten(1))
+                losses.append(out.terms)
         averaged = {name: sum(terms[name] for terms in losses) / len(losses) for name in losses[0]}
-        return MultiScaleOutput(total, torch.cat(ids, dim=1), averaged, tuple(inputs))
+        return MultiScaleOutput(total.to(h.dtype), torch.cat(ids, dim=1), averaged, tuple(inputs))
 
     def _enlarged(self, codes: Tensor, number: int) -> Tensor:
         """Codes [B, d, s, s] of one scale on the last grid, refined."""
@@ -108,6 +121,18 @@ class MultiScaleResidual(nn.Module):
     def decode(self, ids: Tensor) -> Tensor:
         """f [B, d, h, w] of ids [B, N], a prefix of whole scales; always on the last grid."""
         return sum(self._enlarged(codes, number) for number, codes in enumerate(self.maps(ids)))
+
+    def add(self, total: Tensor | float, ids: Tensor, number: int) -> Tensor:
+        """f [B, d, h, w] after one more scale: total, 0 before the first, and the codes of that scale's ids [B, h_i w_i]."""
+        codes = self.quantizer.decode(ids).transpose(1, 2).unflatten(2, self.scales[number])
+        return total + self._enlarged(codes, number)
+
+    def totals(self, ids: Tensor) -> list[Tensor]:
+        """f after each scale, [B, d, h, w] each on the last grid, of ids [B, N] that are a prefix of whole scales."""
+        sums: list[Tensor] = []
+        for number, part in enumerate(ids.split(self.sizes[: self.num_scales(ids.shape[1])], dim=1)):
+            sums.append(self.add(sums[-1] if sums else 0.0, part, number))
+        return sums
 
     def running_sums(self, ids: Tensor) -> list[Tensor]:
         """f after each scale, reduced to that scale's grid by area, [B, d, s, s] each: the image as far as that scale knows it."""
@@ -132,3 +157,8 @@ class MultiScaleResidual(nn.Module):
             inputs.append(known if number == refined else total)
             total = known
         return inputs
+
+
+def _rows(maps: Sequence[Tensor]) -> Tensor:
+    """Maps [B, d, s, s] of several scales as vectors [B, N, d], in the order of their ids."""
+    return torch.cat([codes.flatten(2).transpose(1, 2) for codes in maps], dim=1)

@@ -101,13 +101,9 @@ class QFormer(nn.Module):
             for i in range(config.depth)
         )
 
-    def forward(self, context: Tensor, *, num_registers: int | None = None) -> Tensor:
-        """Filled registers [B, R, D] of image tokens [B, S, C].
-
-        num_registers: only the first so many; in a causal Q-Former they are the same as among all.
-        """
-        registers = self.registers[:num_registers]
-        x = self.dropout(self.norm(registers)).expand(len(context), -1, -1)
+    def forward(self, context: Tensor) -> Tensor:
+        """Filled registers [B, R, D] of image tokens [B, S, C]."""
+        x = self.dropout(self.norm(self.registers).expand(len(context), -1, -1))
         for layer in self.layers:
             x = layer(x, context, is_causal=self.is_causal)
         return x
@@ -127,9 +123,12 @@ class QFormer(nn.Module):
 
 
 def bert_init(module: nn.Module) -> None:
-    """BERT's start: every matrix normal with deviation 0.02, every bias 0."""
+    """BERT's start at any width: every matrix normal with deviation 0.02 sqrt(768 / width of its input), every bias 0.
+
+    The plain 0.02 is made for a width of 768; in a small model it leaves so little of the image that all images get the same tokens.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=0.02)
+            nn.init.normal_(part.weight, std=0.02 * (768 / part.in_features) ** 0.5)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

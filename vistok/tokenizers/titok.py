@@ -61,6 +61,10 @@ class TiTokConfig:
     """Compare and return unit vectors."""
     commitment_weight: float = 0.25
     """Weight of the pull of the registers to their codes."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy term of a codebook (arXiv 2310.05737): without it small models give every image the same tokens."""
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence of "vae", summed over an image's tokens."""
     target: Literal["pixels", "proxy"] = "pixels"
     """What the transformer decoder predicts: pixels, or the codes of a 2D tokenizer."""
     proxy_codebook_size: int = 1024
@@ -190,6 +194,7 @@ class TiTok(VisualModel):
                 code_dim=config.code_dim,
                 metric="cosine" if config.cosine else "euclidean",
                 commitment_weight=config.commitment_weight,
+                entropy_weight=config.entropy_weight,
             )
             self.quantizer = VQ(codebook) if config.quantizer == "vq" else ClusteredVQ(codebook)
         self.pixel_decoder = None
@@ -202,11 +207,11 @@ class TiTok(VisualModel):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Embeddings of norm 1 and small linears, as in CLIP's vision tower."""
+        """Embeddings of norm 1, linears that keep the size of their input."""
         for part in (self.encoder, self.decoder):
             for module in part.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
                     nn.init.zeros_(module.bias)
             for name, parameter in part.named_parameters():
                 if name.endswith(("registers", "positions", "_token")):
@@ -242,7 +247,7 @@ class TiTok(VisualModel):
         """
         check_num_tokens(num_tokens, low=self.min_tokens, high=self.max_tokens, name=type(self).__name__)
         if self.quantizer is not None:
-            return VisualTokens.from_ids(self.quantize(images).ids, self.layout)
+            return VisualTokens.from_ids(self.quantizer.nearest(self.encode_registers(images)), self.layout)
         return VisualTokens.from_values(self._sampled(*self.posterior(images), generators), self.layout)
 
     @staticmethod
@@ -288,9 +293,7 @@ class TiTok(VisualModel):
         return unit * 2 - 1
 
     @torch.no_grad()
-    def decode(
-        self, tokens: VisualTokens, *, generators: Sequence[torch.Generator] | None = None, text: Tensor | None = None
-    ) -> Tensor:
+    def decode(self, tokens: VisualTokens, *, generators: Sequence[torch.Generator] | None = None, text: Tensor | None = None) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1]; deterministic, so generators are not used. text: as in `decode_codes`.
 
         Raises ValueError: an id outside the codebook, or a row that has not exactly N tokens.
@@ -308,17 +311,14 @@ class TiTok(VisualModel):
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
     def tokenize(self, images: Tensor, *, generators: Sequence[torch.Generator] | None = None) -> tuple[Tensor, TokenizerOutput]:
-        """Codes [B, N, d] that carry gradients, and an output without reconstruction: tokens and the quantizer's losses, or the VAE's KL.
-
-        kl: summed over an image's tokens, averaged over images, not weighted.
-        """
+        """Codes [B, N, d] that carry gradients, and an output without reconstruction: tokens, and the quantizer's or the VAE's losses."""
         if self.quantizer is not None:
             out = self.quantize(images)
             return out.codes, TokenizerOutput(None, VisualTokens.from_ids(out.ids, self.layout), dict(out.terms))
         mean, logvar = self.posterior(images)
         values = self._sampled(mean, logvar, generators)
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float()
-        losses = {"kl": divergence.sum((1, 2)).mean()}
+        losses = {"kl": self.settings.kl_weight * divergence.sum((1, 2)).mean()}
         return values, TokenizerOutput(None, VisualTokens.from_values(values.detach(), self.layout), losses)
 
     def forward(
@@ -338,7 +338,12 @@ def _shape(encoder: str, decoder: str) -> dict:
 
 def _two_stage(size: str, num_registers: int, overrides: dict) -> TiTok:
     base = TiTokConfig(
-        **_shape(size, size), num_registers=num_registers, cosine=True, target="proxy", pixel_decoder=PixelDecoderConfig(), interleaved_head=True
+        **_shape(size, size),
+        num_registers=num_registers,
+        cosine=True,
+        target="proxy",
+        pixel_decoder=PixelDecoderConfig(),
+        interleaved_head=True,
     )
     return TiTok(replace(base, **overrides))
 
@@ -378,9 +383,7 @@ def titok_bl64_vae(**overrides) -> TiTok:
 @register
 def ta_titok_bl64(**overrides) -> TiTok:
     """Text-aware: 64 tokens of 8,192 codes for a 256 px image; the decoder also reads 77 CLIP text features of width 768."""
-    base = TiTokConfig(
-        **_shape("base", "large"), num_registers=64, code_dim=64, codebook_size=8192, quantizer="clustered", text_width=768
-    )
+    base = TiTokConfig(**_shape("base", "large"), num_registers=64, code_dim=64, codebook_size=8192, quantizer="clustered", text_width=768)
     return TiTok(replace(base, **overrides))
 
 
@@ -390,5 +393,6 @@ def titok_tiny(**overrides) -> TiTok:
     base = TiTokConfig(
         image_size=(32, 32), patch_size=8, decoder_patch_size=8, num_registers=16, encoder_width=64, encoder_depth=2, encoder_heads=2,
         decoder_width=64, decoder_depth=2, decoder_heads=2, code_dim=8, codebook_size=256, quantizer="clustered", cosine=True,
+        commitment_weight=0.1, entropy_weight=0.1,
     )  # fmt: skip
     return TiTok(replace(base, **overrides))

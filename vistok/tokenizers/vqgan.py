@@ -50,6 +50,10 @@ class VQGANConfig:
     """Groups of the group norms."""
     commitment_weight: float = 0.25
     """Weight, in training, of the pull of the vectors to their codes."""
+    entropy_weight: float = 0.0
+    """Weight, in training, of the term that makes choices certain and codes used alike; 0 leaves it out."""
+    revive_after: int = 0
+    """A code that no vector chose in this many training steps takes a vector of the batch; 0: never."""
 
     def __post_init__(self):
         for name in ("image_size", "multipliers"):
@@ -90,6 +94,8 @@ class VQGAN(VisualModel):
                 code_dim=config.code_dim,
                 metric="cosine",
                 commitment_weight=config.commitment_weight,
+                entropy_weight=config.entropy_weight,
+                revive_after=config.revive_after,
             )
         )
         self.from_code = nn.Conv2d(config.code_dim, config.latent_channels, 1)

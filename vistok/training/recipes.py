@@ -118,7 +118,7 @@ def _tokenized(model: Any, config: TrainConfig, split: str, num_tokens: int | No
     tokens = tokenize_dataset(model, dataset, target, num_tokens=num_tokens, flips=config.flip, source=config.data)
     if len(dataset.bad_images):
         write_json(target / "bad_images.json", dataset.bad_images.to_dict())
-        logger.warning("%d images could not be read; %s lists them", len(dataset.bad_images), target / "bad_images.json")
+        logger.warning("unreadable images: %d; %s lists them", len(dataset.bad_images), target / "bad_images.json")
     return tokens
 
 
@@ -232,7 +232,7 @@ VAE_EMOJI = dict(
 )
 FLEXTOK_EMOJI = dict(
     image_size=(64, 64), patch_size=(2, 2), max_grid=(4, 4), num_registers=64, levels=(8, 5, 5, 5), encoder_width=160, encoder_depth=3,
-    decoder_width=160, decoder_depth=4, head_width=32, decoder_head_width=32, max_time=1.0, decode_steps=20, decode_guidance_scale=1.0,
+    decoder_width=160, decoder_depth=4, head_width=32, decoder_head_width=32, max_time=1.0, decode_steps=10, decode_guidance_scale=2.5,
 )  # fmt: skip
 FLEXTOK_EMOJI_TASK = dict(shared_length=True, noise_share=0.3, open_gates=True, cached_views=8)
 GPT_EMOJI = dict(width=160, depth=4, num_heads=5, hidden=448, text="hash", caption_buckets=1024)
@@ -319,6 +319,7 @@ def _gpt(shape: dict, **task):
     def build(sources: Sources) -> TrainingTask:
         import vistok
         from vistok.generators import GPT, GPTConfig
+        from vistok.registry import is_bundled
         from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig
 
         tokens = sources.tokens
@@ -333,9 +334,18 @@ def _gpt(shape: dict, **task):
             **{**shape, "text": shape.get("text", "none") if has_captions else "none"},
         )
         tokenizer = vistok.load(sources.tokenizer)
-        reference = sources.tokenizer if sources.tokenizer.startswith("vistok/") else None
+        reference = sources.tokenizer if is_bundled(sources.tokenizer) else None
         return GeneratorTask(
             GPT(config), GeneratorTaskConfig(**task), tokenizer=tokenizer, tokenizer_reference=reference, held_out=sources.held_out
         )
 
     return build
+
+
+import vistok.training.recipes_titok  # noqa: E402, F401  (registers its recipes)
+import vistok.training.recipes_vqgan  # noqa: E402, F401
+import vistok.training.recipes_lavit  # noqa: E402, F401
+import vistok.training.recipes_tokenflow  # noqa: E402, F401
+import vistok.training.recipes_var  # noqa: E402, F401
+import vistok.training.recipes_seed  # noqa: E402, F401
+import vistok.training.recipes_orders  # noqa: E402, F401

@@ -93,12 +93,13 @@ class RunLog:
 
     def _write(self, entry: Mapping[str, float]) -> None:
         path = self.out / "metrics.jsonl"
-        with _naming(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        if self._board:
-            for name, value in entry.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, entry["step"])
+        with _naming(path):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            if self._board:
+                for name, value in entry.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, entry["step"])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -130,7 +131,7 @@ class RunLog:
         merged = dict(sorted({**self._bad_images, **reasons}.items()))
         if merged != self._bad_images:
             self._bad_images = merged
-            logger.warning("%d images could not be read so far; bad_images.json lists them with the reasons", len(merged))
+            logger.warning("unreadable images so far: %d; bad_images.json lists them with the reasons", len(merged))
             write_json(self.out / "bad_images.json", {"count": len(merged), "images": merged})
 
     def close(self) -> None:

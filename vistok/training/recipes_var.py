@@ -1,0 +1,85 @@
+"""Recipes of VAR: its multi-scale tokenizer and its next-scale generator."""
+
+from pathlib import Path
+
+from vistok.training.config import TrainConfig
+from vistok.training.recipes import Recipe, Sources, _tiny, recipe
+from vistok.training.task import TrainingTask
+
+
+@recipe
+def var_vqvae_tiny() -> Recipe:
+    """A small multi-scale tokenizer, 30 tokens over 4 scales for 32 px images; about a minute on two CPU cores."""
+    return Recipe("tokenizer", _tiny(image_size=32, max_steps=60), _var_vqvae("var-vqvae-tiny", dict(revive_after=5)))
+
+
+@recipe
+def var_vqvae_imagenet256() -> Recipe:
+    """VAR's tokenizer, 680 tokens over 10 scales at 256 px: L2, LPIPS, and a PatchGAN of weight 0.5 from step 20,000; days on 8 GPUs."""
+    config = TrainConfig(
+        out=Path(), data="imagenet/train", image_size=256, max_steps=400_000, batch_size=128, learning_rate=1e-4, betas=(0.9, 0.95),
+        weight_decay=0.05, warmup_steps=1000, schedule="constant", ema_decay=0.9999, precision="bf16", compile=True, workers=8,
+        save_every=5000, preview_every=5000, process_timeout=600,
+    )  # fmt: skip
+    weights = dict(lpips_weight=1.0, gan_weight=0.5, gan_start=20_000)
+    return Recipe("tokenizer", config, _var_vqvae("var-vqvae", dict(revive_after=1000), **weights))
+
+
+@recipe
+def var_tiny() -> Recipe:
+    """A two-layer VAR over the tokens of a trained multi-scale tokenizer; half a minute on two CPU cores."""
+    return Recipe("generator", _tiny(image_size=32, max_steps=60), _var(dict(width=64, depth=2, num_heads=4)))
+
+
+@recipe
+def var_imagenet256() -> Recipe:
+    """VAR-d16: 200 epochs of ImageNet's tokens at batch 1024, settings of our own choice, never run; days on 8 large GPUs."""
+    config = TrainConfig(
+        out=Path(), data="imagenet/train", image_size=256, max_steps=250_000, batch_size=1024, learning_rate=4e-4, betas=(0.9, 0.95),
+        weight_decay=0.05, warmup_steps=5000, ema_decay=0.9999, precision="bf16", compile=True, save_every=5000, preview_every=5000,
+        process_timeout=600,
+    )  # fmt: skip
+    return Recipe("generator", config, _var(dict(width=1024, depth=16, num_heads=16)))
+
+
+def _var_vqvae(preset: str, shape: dict, **weights):
+    def build(sources: Sources) -> TrainingTask:
+        import torch
+
+        import vistok
+        from vistok.tokenizers.var_vqvae import scales_up_to
+        from vistok.training.tasks.perceptual import PerceptualTask, PerceptualTaskConfig
+
+        fields = dict(shape)
+        if sources.image_size is not None:
+            with torch.device("meta"):
+                pixels = vistok.create(preset).settings.reduction
+            if sources.image_size % pixels:
+                raise ValueError(f"image_size={sources.image_size} must be a multiple of {pixels}, the pixels a cell of {preset}")
+            fields["scales"] = scales_up_to(sources.image_size // pixels)
+        return PerceptualTask(vistok.create(preset, **fields), PerceptualTaskConfig(**weights))
+
+    return build
+
+
+def _var(shape: dict, **task):
+    def build(sources: Sources) -> TrainingTask:
+        import vistok
+        from vistok.generators import VAR, VARConfig
+        from vistok.registry import is_bundled
+        from vistok.tokenizers import VARVQVAE
+        from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig
+
+        tokens, tokenizer = sources.tokens, vistok.load(sources.tokenizer)
+        if not isinstance(tokenizer, VARVQVAE):
+            raise ValueError(f"VAR needs the tokens of a VARVQVAE; {sources.tokenizer} is a {type(tokenizer).__name__}")
+        if tokens.plan.num_tokens != tokenizer.max_tokens:
+            raise ValueError(f"the token folder holds {tokens.plan.num_tokens} tokens an image, VAR needs all {tokenizer.max_tokens}")
+        classes = tuple(tokens.classes)
+        model = VAR(VARConfig(codes=tokenizer.settings.codes, num_classes=len(classes), classes=classes, **shape)).read_codes_of(tokenizer)
+        reference = sources.tokenizer if is_bundled(sources.tokenizer) else None
+        return GeneratorTask(
+            model, GeneratorTaskConfig(**task), tokenizer=tokenizer, tokenizer_reference=reference, held_out=sources.held_out
+        )
+
+    return build

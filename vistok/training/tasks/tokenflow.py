@@ -1,0 +1,134 @@
+"""Train a TokenFlow: pixels from one half of each code, meaning from the other.
+
+Qu et al. 2024, arXiv 2412.03069, section 3.2 and appendix A.
+
+    loss = pixel_weight |x' - x|^2 + codebook + commitment [+ entropy] + semantic_weight semantic
+         [+ lpips_weight LPIPS] [+ gan_weight GAN from step gan_start]
+
+semantic: the distance to a frozen teacher's tokens, or, without one, how badly the decoded meaning tells the captions or classes of the
+data set. Now and then one scale but the first is left out, so that later ones do not lean on every earlier one.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vistok.convert.tokenflow import load_tower
+from vistok.image import make_strip
+from vistok.rng import image_generators, rand
+from vistok.tokenizers.tokenflow import TokenFlow
+from vistok.training.task import TrainingTask
+from vistok.training.tasks.adversarial import PatchDiscriminator, adversarial_losses
+from vistok.training.tasks.previews import histogram, preview_images
+from vistok.training.tasks.tokenflow_teacher import TokenTeacher, WordHead, match_teacher
+from vistok.training.tasks.vae import load_lpips
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFlowTaskConfig:
+    """Who the teacher is, and the weights of the losses."""
+
+    semantic: Literal["teacher", "captions", "classes", "none"] = "captions"
+    """What the semantic half learns from."""
+    teacher: str | None = None
+    """semantic="teacher": a timm model, or a folder or hub id of a transformers model with a vision tower."""
+    teacher_layer: int | None = None
+    """Which hidden state of a transformers teacher; None: the last, normalised and projected. TokenFlow-XL takes -2 of SigLIP."""
+    start_from_teacher: bool = False
+    """Start the semantic encoder from the teacher's weights; it must be of the same kind and shape."""
+    buckets: int = 512
+    """semantic="captions": rows that words are hashed into; "classes": at least the number of classes."""
+    semantic_weight: float = 1.0
+    pixel_weight: float = 1.0
+    lpips_weight: float = 0.0
+    """Of LPIPS (needs the extra `train` and torchvision's VGG weights)."""
+    gan_weight: float = 0.0
+    """Of the PatchGAN's generator loss; 0 leaves the discriminator out."""
+    gan_start: int = 0
+    """Step from which the GAN counts; its discriminator trains from the start."""
+    scale_dropout: float = 0.1
+    """Share of steps that leave out one scale, never the first."""
+    freeze_all_but_decoder: bool = False
+    """Train the pixel decoder alone: the published models' last stage, with a larger decoder."""
+
+    def __post_init__(self):
+        if (self.semantic == "teacher") != (self.teacher is not None):
+            raise ValueError(f"semantic={self.semantic!r} with teacher={self.teacher!r}: a teacher is named exactly for semantic='teacher'")
+        if self.start_from_teacher and self.teacher is None:
+            raise ValueError("start_from_teacher=True needs a teacher")
+        if not 0 <= self.scale_dropout <= 1:
+            raise ValueError(f"scale_dropout={self.scale_dropout} must be in [0, 1]")
+
+
+class TokenFlowTask(TrainingTask):
+    """model: a TokenFlow. config: its teacher and the weights."""
+
+    def __init__(self, model: TokenFlow, config: TokenFlowTaskConfig = TokenFlowTaskConfig()):
+        super().__init__()
+        self.model, self.config = model, config
+        self.codebook_size = model.codebook_size
+        self.find_unused_parameters = config.semantic == "none" or model.settings.encoder.kind == "timm"
+        if config.freeze_all_but_decoder:
+            model.requires_grad_(False)
+            model.pixel_decoder.requires_grad_(True)
+        elif config.semantic in ("captions", "classes"):
+            self.words = WordHead(model.settings.teacher_width, buckets=config.buckets)
+        if config.teacher is not None:
+            self.teacher = TokenTeacher(config.teacher, layer=config.teacher_layer)
+            if self.teacher.width != model.settings.teacher_width:
+                raise ValueError(f"{config.teacher} has tokens of width {self.teacher.width}: set teacher_width={self.teacher.width}")
+            if config.start_from_teacher:
+                load_tower(model, self.teacher.tower)
+        if config.gan_weight:
+            self.discriminator = PatchDiscriminator()
+        if config.lpips_weight:
+            self.lpips = load_lpips()
+
+    def forward(self, batch, generators, step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum; logs each term unweighted and the ids' histogram. Which scale is left out depends on the step alone."""
+        config, images = self.config, batch.images
+        output = self.model(images, dropped=self._dropped(step))
+        decoded, terms = output.reconstruction.float(), dict(output.losses)
+        weights = {"mse": config.pixel_weight, "semantic": config.semantic_weight}
+        if config.freeze_all_but_decoder:
+            terms = {"mse": terms["mse"]}
+        else:
+            terms |= self._semantic(output.semantic, batch)
+        if config.lpips_weight:
+            terms["lpips"], weights["lpips"] = self.lpips(decoded, images).mean(), config.lpips_weight
+        if config.gan_weight:
+            terms["gan"], terms["judge"] = adversarial_losses(self.discriminator, images, decoded)
+            weights["gan"] = config.gan_weight * (step >= config.gan_start)
+        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
+        return loss, {**{name: term.detach() for name, term in terms.items()}, "codes": histogram(output.tokens.ids, self.codebook_size)}
+
+    def _semantic(self, semantic: Tensor, batch) -> dict[str, Tensor]:
+        """The semantic loss by name, nothing where there is none."""
+        if self.config.semantic == "teacher":
+            return {"semantic": match_teacher(semantic, self.teacher(batch.images))}
+        if self.config.semantic == "captions":
+            return {"semantic": self.words(semantic, self.words.caption_targets(batch.captions))}
+        if self.config.semantic == "classes":
+            return {"semantic": self.words(semantic, self.words.class_targets(batch.labels))}
+        return {}
+
+    def _dropped(self, step) -> int | None:
+        """The scale this step leaves out; drawn on the CPU from the step alone, so all processes and micro batches agree."""
+        num_scales = len(self.model.settings.scales)
+        chance, which = rand((2,), image_generators(0, [int(step)]))[0].tolist()
+        return 1 + int(which * (num_scales - 1)) if num_scales > 1 and chance < self.config.scale_dropout else None
+
+    @torch.no_grad()
+    def preview(self, step: int) -> dict[str, Image.Image]:
+        """Originals above their reconstructions from the first scale, the first two, ..., all."""
+        images = preview_images(self.dataset, self.model.device)
+        tokens = self.model.encode(images)
+        rows, titles, count = [images], ["original"], 0
+        for side, size in zip(self.model.settings.scales, self.model.quantizer.sizes):
+            count += size
+            rows.append(self.model.decode(tokens.truncate(count)))
+            titles.append(f"to {side} x {side}")
+        return {"scales": make_strip(rows, row_titles=titles)}

@@ -16,6 +16,7 @@ FORMATS = {
     "titok": "vistok.convert.titok",
     "llamagen": "vistok.convert.llamagen",
     "var": "vistok.convert.var",
+    "xar": "vistok.convert.xar",
     "seed": "vistok.convert.seed",
     "tokenflow": "vistok.convert.tokenflow",
     "tokenflow-t2i": "vistok.convert.tokenflow_t2i",

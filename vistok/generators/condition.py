@@ -276,3 +276,24 @@ class TextEncoder:
         features = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         mask = mask & torch.tensor([bool(caption.strip()) for caption in captions], device=device)[:, None]
         return features * mask[..., None], mask
+
+
+def class_condition(
+    batch_size: int, num_classes: int, device: torch.device, *, labels: Tensor | Sequence[int] | None, captions=None, features=None
+) -> Condition:
+    """Conditions of B images for a generator that knows classes alone: labels [B], -1 (the null class) for none; all none without them.
+
+    Raises ValueError: a label is no class, or captions are given.
+    """
+    if features is not None or (captions is not None and any(captions)):
+        raise ValueError("captions are given but this generator reads none")
+    labels = torch.full((batch_size,), NULL) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    if bool(((labels < NULL) | (labels >= num_classes)).any()):
+        raise ValueError(f"labels must be in [0, {num_classes}) or -1, got {int(labels.min())} to {int(labels.max())}")
+    return Condition(labels=labels.to(device))
+
+
+def check_classes(classes: Sequence[str], num_classes: int) -> None:
+    """Raises ValueError: there are names, but not one for each class."""
+    if classes and len(classes) != num_classes:
+        raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import NULL, Condition, ConditionPrefix, align_right, hash_captions
+from vistok.generators.condition import NULL, Condition, ConditionPrefix, align_right, check_classes, hash_captions
 from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import SwiGLU
@@ -79,8 +79,7 @@ class GPTConfig:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
         if not 0 <= self.max_tokens <= full:
             raise ValueError(f"max_tokens={self.max_tokens} but the layout {self.layout_shape} has {full} tokens")
-        if self.classes and len(self.classes) != self.num_classes:
-            raise ValueError(f"{len(self.classes)} class names for num_classes={self.num_classes}")
+        check_classes(self.classes, self.num_classes)
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("two classes have the same name")
         if self.text not in ("none", "hash") and self.caption_width < 1:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import NULL, Condition
+from vistok.generators.condition import Condition, check_classes, class_condition
 from vistok.layers.transformer import TransformerBlock
 from vistok.modeling import VisualModel
 from vistok.registry import register
@@ -59,8 +59,7 @@ class MaskGITConfig:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
         if min(self.codebook_size, self.depth, self.num_steps) < 1 or self.num_classes < 0 or self.noise < 0:
             raise ValueError("codebook_size, depth and num_steps must be at least 1, num_classes and noise not negative")
-        if self.classes and len(self.classes) != self.num_classes:
-            raise ValueError(f"{len(self.classes)} class names for num_classes={self.num_classes}")
+        check_classes(self.classes, self.num_classes)
 
     @property
     def layout(self) -> TokenLayout:
@@ -103,13 +102,8 @@ class MaskGIT(VisualModel):
 
         labels: [B], -1 for none. Raises ValueError: a label is no class, or captions are given.
         """
-        C = self.settings.num_classes
-        if features is not None or (captions is not None and any(captions)):
-            raise ValueError("captions are given but this generator reads none")
-        labels = torch.full((batch_size,), NULL) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-        if bool(((labels < NULL) | (labels >= C)).any()):
-            raise ValueError(f"labels must be in [0, {C}) or -1, got {int(labels.min())} to {int(labels.max())}")
-        return Condition(labels=labels.to(self.device))
+        options = {"labels": labels, "captions": captions, "features": features}
+        return class_condition(batch_size, self.settings.num_classes, self.device, **options)
 
     def forward(self, ids: Tensor, condition: Condition | None = None) -> Tensor:
         """Logits [B, N, K] of every token, of ids [B, N] in [0, K], K for a masked one. condition: of the B images; None: null."""

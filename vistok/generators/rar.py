@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import NULL, Condition
+from vistok.generators.condition import Condition, check_classes, class_condition
 from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import MLP
@@ -67,8 +67,7 @@ class RARConfig:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
         if min(self.codebook_size, self.depth, self.num_heads) < 1 or self.num_classes < 0 or self.guidance_power < 0:
             raise ValueError("codebook_size, depth and num_heads must be at least 1, num_classes and guidance_power not negative")
-        if self.classes and len(self.classes) != self.num_classes:
-            raise ValueError(f"{len(self.classes)} class names for num_classes={self.num_classes}")
+        check_classes(self.classes, self.num_classes)
 
     @property
     def layout(self) -> TokenLayout:
@@ -137,13 +136,8 @@ class RAR(VisualModel):
 
         labels: [B], -1 for none. Raises ValueError: a label is no class, or captions are given.
         """
-        C = self.settings.num_classes
-        if features is not None or (captions is not None and any(captions)):
-            raise ValueError("captions are given but this generator reads none")
-        labels = torch.full((batch_size,), NULL) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-        if bool(((labels < NULL) | (labels >= C)).any()):
-            raise ValueError(f"labels must be in [0, {C}) or -1, got {int(labels.min())} to {int(labels.max())}")
-        return Condition(labels=labels.to(self.device))
+        options = {"labels": labels, "captions": captions, "features": features}
+        return class_condition(batch_size, self.settings.num_classes, self.device, **options)
 
     def guidance_schedule(self, scale: float) -> Callable[[int], float]:
         """Guidance of each step: rises from 1 to the scale by a powered cosine, constant where the power is 0."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import NULL, ClassTokens, Condition
+from vistok.generators.condition import ClassTokens, Condition, check_classes, class_condition
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import MLP
 from vistok.layers.norms import modulate, plain_layer_norm
@@ -63,8 +63,7 @@ class VARConfig:
         object.__setattr__(self, "classes", tuple(self.classes))
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
-        if self.classes and len(self.classes) != self.num_classes:
-            raise ValueError(f"{len(self.classes)} class names for num_classes={self.num_classes}")
+        check_classes(self.classes, self.num_classes)
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("two classes have the same name")
         for name, least in (("depth", 1), ("num_heads", 1), ("num_classes", 0)):
@@ -225,12 +224,8 @@ class VAR(VisualModel):
 
         Raises ValueError: a label is no class, or captions are given, which this generator does not read.
         """
-        if features is not None or (captions is not None and any(captions)):
-            raise ValueError("captions are given but this generator reads none")
-        labels = torch.full((batch_size,), NULL) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-        if bool(((labels < NULL) | (labels >= self.settings.num_classes)).any()):
-            raise ValueError(f"labels must be in [0, {self.settings.num_classes}) or -1, got {int(labels.min())} to {int(labels.max())}")
-        return Condition(labels=labels).to(self.device)
+        options = {"labels": labels, "captions": captions, "features": features}
+        return class_condition(batch_size, self.settings.num_classes, self.device, **options)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None) -> ScaleCache:
         """An empty cache for `max_tokens` tokens (all by default) of `batch_size` rows."""

@@ -41,10 +41,12 @@ class TrainingTask(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the trained parameters; `weight_decay` and `lr` (peak) override the config's.
 
-        The default decays matrices and convolutions, not vectors.
+        The default decays matrices and convolutions, not vectors and codebooks: a code's length is where it lies, not how strong it is.
         """
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if p.ndim >= 2]}, {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        decayed = [p for name, p in trained if p.ndim >= 2 and not name.endswith("codebook")]
+        others = [p for name, p in trained if p.ndim < 2 or name.endswith("codebook")]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def on_start(self, dataset) -> None:

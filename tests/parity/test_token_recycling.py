@@ -56,12 +56,12 @@ def test_a_greedy_run(golden):
     lineage = [row.nonzero().flatten().tolist() for row in template.mask]
 
     def next_logits(context: list[int]) -> torch.Tensor:
-        position = (len(context) - 1) % 2
-        weights = (7, 3)[-len(context[-2:]) :]
-        return table[sum(token * weight + position for token, weight in zip(context[-2:], weights)) % len(table)]
+        recent = list(enumerate(context))[-2:]
+        weights = (7, 3)[-len(recent) :]
+        return table[sum(token * weight + position % 2 for (position, token), weight in zip(recent, weights)) % len(table)]
 
     successors = torch.zeros(spec["vocab"], spec["topk"], dtype=torch.int32)
-    sequence, root = list(prompt), int(next_logits(prompt).argmax())
+    sequence, root = prompt[:-1], prompt[-1]
     accepted, before, drafts = [], [], []
     while True:
         before.append(successors)

@@ -93,7 +93,7 @@ def from_official(path: str | os.PathLike, *, ema: bool = True, **overrides) -> 
     path: a flat state dict (`xAR-B.pth`, `.safetensors`), a training checkpoint, or a folder with one of the usual names.
     ema: of a training checkpoint, the averaged weights where it has them. overrides: fields of XARConfig that the file does not say
     (classes; num_heads and order where it lacks the rope tables or the mask).
-    Raises ValueError: keys or shapes that are not xAR's, all of them named, or tables that are not those of its order. OSError: nothing there.
+    Raises ValueError: keys or shapes that are not xAR's, all of them named, or tables that its order does not make. OSError: nothing there.
     """
     file = find_state(path, WEIGHT_NAMES)
     state = plain_names(read_state(file, wrappers=WRAPPERS[bool(ema)]), str(file))
@@ -117,7 +117,9 @@ def _check_derived(file: Path, state: dict[str, Tensor], tables: dict[str, Tenso
     wanted = {name: tuple(value.shape) for name, value in tables.items() if name in found}
     check_shapes(str(file), "xAR", wanted, {name: tuple(value.shape) for name, value in found.items()})
     # another machine's cosine, or half precision on disk, is still the same table
-    wrong = [name for name, value in found.items() if not torch.allclose(value.float(), tables[name], atol=1e-2 if value.itemsize < 4 else 1e-4)]
+    wrong = [
+        name for name, value in found.items() if not torch.allclose(value.float(), tables[name], atol=1e-2 if value.itemsize < 4 else 1e-4)
+    ]
     if wrong:
         raise ValueError(f"{file}: {', '.join(sorted(wrong)[:10])} do not hold what the order makes")
 

@@ -30,8 +30,8 @@ def drafter_loss(
     """EAGLE's loss over the positions of the mask.
 
     predicted, hidden: [B, N, D], h^ and h. head: [V, D]. mask: [B, N], 1 where a position counts.
-    guidance_scale: rows are conditional and unconditional in turn; the cross-entropy then compares u + s (c - u) at the conditional rows' positions.
-    LANTERN's published loss trains with c + s (c - u), which is guidance_scale s + 1, though it draws with s.
+    guidance_scale: rows are conditional and unconditional in turn; the cross-entropy then compares u + s (c - u) at the conditional rows'
+    positions. LANTERN's published loss trains with c + s (c - u), which is guidance_scale s + 1, though it draws with s.
     """
     distance = F.smooth_l1_loss(predicted, hidden, reduction="none").mean(-1)
     feature = (distance * mask).sum() / mask.sum().clamp(min=1)

@@ -2,8 +2,9 @@
 
     Gumbel top-b          tokens = top-b of log q(x) + G                G = -log(-log u); the order is that of successive draws
     stochastic beams      phi' = phi + log q(x);  g = phi' + G;  Z = max_x g                      Kool et al. 2019, 1903.06059, appendix B.3
-                          psi' = -log(exp(-psi) - exp(-Z) + exp(-g));  keep the W largest psi'    RSD-S: Jeon et al. 2024, 2402.14160, section 3.2
-    best nodes            expand the best b nodes of each round; keep the best of all by log q of the path      EAGLE-2: Li et al. 2024, 2406.16858
+                          psi' = -log(exp(-psi) - exp(-Z) + exp(-g));  keep the W largest psi'    RSD-S: Jeon et al. 2024, 2402.14160, 3.2
+    best nodes            expand the best b of each round; keep the best of all by log q of the path      EAGLE-2: Li et al. 2024,
+    2406.16858
 
 V vocabulary, n nodes, W beams.
 """
@@ -21,7 +22,7 @@ def gumbel(uniforms: Tensor) -> Tensor:
 
 
 def draw_without_replacement(log_probs: Tensor, uniforms: Tensor, k: int) -> Tensor:
-    """k different tokens [..., k] in the order of successive draws: RSD-C's children. log_probs, uniforms: [..., V], one uniform a token."""
+    """k different tokens [..., k] in the order of successive draws: RSD-C's children. log_probs, uniforms: [..., V]."""
     return (log_probs + gumbel(uniforms)).topk(k, dim=-1).indices
 
 
@@ -64,8 +65,8 @@ class DraftTree(NamedTuple):
 def stochastic_beam_tree(next_log_probs: Callable[[Tensor], Tensor], root: int, uniforms: Tensor) -> DraftTree:
     """RSD-S: a tree of `levels` times W nodes; the children of a node are draws without replacement, in order.
 
-    next_log_probs: paths [n, d] of tokens from the root on -> [n, V]. uniforms: [levels, W, V], one a beam and token (the first row alone for the root).
-    Verify with `recursive_rejection(drawn="without_replacement")`. Source: arXiv 2402.14160, algorithm 4.
+    next_log_probs: paths [n, d] of tokens from the root on -> [n, V]. uniforms: [levels, W, V], one a beam and token (the first row alone
+    for the root). Verify with `recursive_rejection(drawn="without_replacement")`. Source: arXiv 2402.14160, algorithm 4.
     """
     levels, width, _ = uniforms.shape
     tokens, parents = [root], [-1]

@@ -5,7 +5,8 @@ Luo et al. 2024, arXiv 2408.08696, section 3:
     draft    token[child] = A[token[parent], rank of the child]                 down a fixed tree
     update   A[token[i]]  = top-k of logits[i]                                  every node, rejected ones too
 
-A starts at zeros and needs V x k ids. The children are no draws: verify with the greedy rule, or with recursive rejection of deterministic candidates.
+A starts at zeros and needs V x k ids. The children are no draws: verify with the greedy rule, or with recursive rejection of
+deterministic candidates.
 
 V vocabulary, n + 1 nodes, k successors.
 """
@@ -29,7 +30,7 @@ def recycled_tree(successors: Tensor, root: int, template: TreeTemplate) -> Tens
 
 
 def updated_successors(successors: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
-    """The table after a pass: a new [V, k]. tokens: [n + 1]; logits: [n + 1, V]. Of nodes with the same token the last counts, on every device."""
+    """The table after a pass: a new [V, k]. tokens: [n + 1]; logits: [n + 1, V]. Of equal tokens the last counts, on every device."""
     V, k = successors.shape
     nodes = torch.arange(len(tokens), device=tokens.device)
     last = torch.full((V,), -1, device=tokens.device).scatter_reduce_(0, tokens.long(), nodes, "amax")

@@ -1,8 +1,8 @@
 """Draft trees: masks, positions and paths of a template that never changes.
 
-A template lists the ranks of the children on the way from the root: [[0], [1], [0, 0]] is two children, the first of which has one child itself.
-Nodes are numbered by depth and then by ranks; node 0 is the root, the last decided token. Source: Medusa, arXiv 2401.10774, section 2.1.2 (the mask) and
-EAGLE, 2401.15077 (laws of a level).
+A template lists the ranks of the children on the way from the root: [[0], [1], [0, 0]] is two children, the first of which has one child
+itself. Nodes are numbered by depth and then by ranks; node 0 is the root, the last decided token. Source: Medusa, arXiv 2401.10774,
+section 2.1.2 (the mask) and EAGLE, 2401.15077 (laws of a level).
 
 n nodes without the root, P leaves, D depth.
 """

@@ -12,8 +12,9 @@ from torch import Tensor
 
 
 def is_typical(logits: Tensor, *, mass: float, min_tokens: int = 1) -> Tensor:
-    """Which ids stay, [..., K] bool: the fewest of least d whose probability reaches mass, ids that tie with the last, and at least min_tokens.
+    """Which ids stay, [..., K] bool: the fewest of least d whose probability reaches mass.
 
+    Ids that tie with the last stay too, and so do at least min_tokens.
     An id at -inf has probability 0 and adds nothing to H. Raises ValueError: mass is not in (0, 1), or min_tokens is below 1.
     """
     if not 0 < mass < 1:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from vistok.tokens import TokenLayout
 
+CPU = "cpu"  # where a table is made, whatever device a model is built on, "meta" included
 KINDS = ("token", "patch", "cell", "subsample", "scale", "image", "group", "random")
 _SIZED = {"cell": "side of a cell", "subsample": "stride", "group": "tokens of a group", "random": "tokens of an entity"}
 
@@ -88,13 +89,15 @@ class OrderConfig:
         layout, n = self.layout, self.layout.num_tokens
         if self.kind == "scale":
             scales = self.scales or layout.shape
-            return PredictionOrder(layout, tuple(h * w for h, w in scales), torch.arange(sum(h * w for h, w in scales)), scales=scales)
+            return PredictionOrder(
+                layout, tuple(h * w for h, w in scales), torch.arange(sum(h * w for h, w in scales), device=CPU), scales=scales
+            )
         if self.kind in ("cell", "subsample"):
             entities = _cut(self.kind, layout.shape, self.size)  # [E, n]
             return PredictionOrder(layout, (entities.shape[1],) * entities.shape[0], entities.flatten())
-        tokens = torch.arange(n)
+        tokens = torch.arange(n, device=CPU)
         if self.kind == "random":
-            tokens = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
+            tokens = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed), device=CPU)
         size = {"token": 1, "patch": 1, "image": n}.get(self.kind, self.size)
         return PredictionOrder(layout, tuple(len(part) for part in tokens.split(size)), tokens)
 
@@ -106,7 +109,7 @@ def _sides(part) -> tuple[int, ...]:
 def _cut(kind: str, grid: tuple[int, int], size: int) -> Tensor:
     """[E, n] raster index of each token of each cell or subsample."""
     h, w = grid
-    tokens = torch.arange(h * w)
+    tokens = torch.arange(h * w, device=CPU)
     if kind == "cell":
         return tokens.view(h // size, size, w // size, size).transpose(1, 2).reshape(-1, size * size)
     return tokens.view(h // size, size, w // size, size).permute(1, 3, 0, 2).reshape(size * size, -1)
@@ -139,7 +142,7 @@ class PredictionOrder:
     @cached_property
     def entities(self) -> Tensor:
         """[S] int64: the entity of each slot."""
-        return torch.repeat_interleave(torch.arange(self.num_entities), torch.tensor(self.lengths))
+        return torch.repeat_interleave(torch.arange(self.num_entities, device=CPU), torch.tensor(self.lengths, device=CPU))
 
     @cached_property
     def coordinates(self) -> Tensor:
@@ -200,6 +203,17 @@ class PredictionOrder:
             return slots[:, self.entity(self.num_entities - 1)]
         return slots.index_select(1, self.tokens.argsort().to(slots.device))
 
+    def partial(self, slots: Tensor) -> Tensor:
+        """What the values [B, n, C] of the first entities show, in the tokens' own sequence [B, N, C]; 0 where nothing is known yet.
+
+        Of the order "scale" over a grid: the newest scale, enlarged. Raises ValueError: n slots end inside an entity.
+        """
+        known = self.entities_within(slots.shape[1])
+        if self.is_pyramid and known:
+            newest = slots[:, self.entity(known - 1)].transpose(1, 2).unflatten(2, self.scales[known - 1])
+            return F.interpolate(newest, size=self.layout.shape, mode="nearest").flatten(2).transpose(1, 2)
+        return self.unpack(F.pad(slots, (0, 0, 0, self.num_slots - slots.shape[1])))
+
 
 def _centres(side: int, full: int) -> Tensor:
-    return (torch.arange(side) + 0.5) * full / side - 0.5
+    return (torch.arange(side, device=CPU) + 0.5) * full / side - 0.5

@@ -95,8 +95,7 @@ class Sampler:
         self.scales = [float(ask(entity)) for entity in range(order.num_entities)]
         if not all(1 <= scale < float("inf") for scale in self.scales):
             raise ValueError(f"guidance_scale must be at least 1 everywhere, got {min(self.scales)} to {max(self.scales)}")
-        dtype = self.model.out.weight.dtype
-        self.slots = torch.zeros(B, order.num_slots, self.model.code_dim, device=self.model.device, dtype=dtype)
+        self.slots = torch.zeros(B, order.num_slots, self.model.code_dim, device=self.model.device)
         self.first = 0
         if self.prefix is not None:
             if self.prefix.ndim != 3 or self.prefix.shape[::2] != self.slots.shape[::2]:
@@ -155,7 +154,7 @@ class Sampler:
         # unconditional rows run where guidance needs their velocity now, or will need their context later
         both = is_guided or (known < begin and any(scale > 1 for scale in self.scales[entity:]))
         halves = 2 if both else 1
-        slots = torch.cat([self.slots[:, known:begin], x], dim=1).repeat(halves, 1, 1)
+        slots = torch.cat([self.slots[:, known:begin], x], dim=1).repeat(halves, 1, 1).to(self.model.out.weight.dtype)
         number = int(time_index(self.times[entity][step]))
         fresh = entity - order.entities_within(known)
         columns = torch.tensor([self.column[0]] * fresh + [self.column[number]], device=x.device)
@@ -164,7 +163,7 @@ class Sampler:
         if len(rows) < cache.batch_size:
             view = copy.copy(cache)
             view.keep_rows(len(rows))
-        v = self.model.run(slots, [table[rows, columns] for table in self.tables], cache=view)[:, begin - known :]
+        v = self.model.run(slots, [table[rows, columns] for table in self.tables], cache=view)[:, begin - known :].to(x.dtype)
         self.num_rows += len(rows)
         cache.advance(begin - known)
         return classifier_free(v[:B], v[B:], self.scales[entity]) if is_guided else v[:B]

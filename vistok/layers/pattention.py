@@ -95,7 +95,8 @@ class Pattention(nn.Module):
 
 def _unit(x: Tensor) -> Tensor:
     """x [..., n] at unit length; zeros stay zeros, where the reference divides by zero."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm == 0, 1)
 
 
 class PattentionBlock(nn.Module):
@@ -129,9 +130,7 @@ class PattentionBlock(nn.Module):
         self.query, self.key, self.value, self.proj = (Pattention(width, width, num_tokens, activation=activation) for _ in range(4))
         self.mlp = Pattention(width, width, mlp_tokens, activation=activation)
 
-    def forward(
-        self, x: Tensor, *, start: int = 0, cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, start: int = 0, cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """x: [B, T, D], at the positions from `start` on. cache: takes the new k, v [B, h, T, d], returns those of all start + T."""
         B, T, D = x.shape
         y = plain_layer_norm(x, self.norm_eps)

@@ -3,7 +3,7 @@
 from vistok.decoding.accept.exact import greedy, k_seq, k_seq_constants, recursive_rejection, standard
 from vistok.decoding.accept.lantern import accepts_greedily, lantern, lantern_budget, neighbour_table
 from vistok.decoding.accept.relaxed import mixture, typical_paths
-from vistok.decoding.accept.rounds import Decision, Trial, TreeDecision, decide, emitted_law, walk_chain, walk_tree
+from vistok.decoding.accept.rounds import Decision, TreeDecision, Trial, decide, emitted_law, walk_chain, walk_tree
 
 __all__ = [
     "Decision",

@@ -1,11 +1,11 @@
 """Rules that leave the target law as it is, whatever the draft.
 
-    standard        accept x ~ q with min(1, p(x)/q(x)), else draw from norm([p - q]+)          Leviathan et al. 2023, 2211.17192, eq. of section 2.3
-    recursive       the same again with r = norm([r - q_k]+) in place of p                      Jeon et al. 2024, 2402.14160, algorithm 2
-    K-SEQ           accept with min(1, p(x)/(rho q(x))), k draws                                Sun et al. 2023, 2310.15141, algorithm 2
+    standard     accept x ~ q with min(1, p(x)/q(x)), else draw from norm([p - q]+)     Leviathan et al. 2023, 2211.17192, section 2.3
+    recursive    the same again with r = norm([r - q_k]+) in place of p                 Jeon et al. 2024, 2402.14160, algorithm 2
+    K-SEQ        accept with min(1, p(x)/(rho q(x))), k draws                           Sun et al. 2023, 2310.15141, algorithm 2
 
-Given that all before were rejected, round k of the recursive rule emits law r_k whatever q_k is, as long as q_k depends on rejected draws only;
-so the candidates may be drawn with replacement (q_k = q), without (q_k = q without earlier ones), or not at all (q_k = 1 at x_k).
+Given that all before were rejected, round k of the recursive rule emits law r_k whatever q_k is, as long as q_k depends on rejected draws
+only; so the candidates may be drawn with replacement (q_k = q), without (q_k = q without earlier ones), or not at all (q_k = 1 at x_k).
 
 V vocabulary, k candidates of one position.
 """
@@ -49,7 +49,7 @@ def standard(p: Tensor, candidate: int, q: Tensor) -> Iterator[Trial]:
 
 
 def draft_law(q: Tensor, earlier: Sequence[int], drawn: Drawn) -> Tensor:
-    """Law [V] of the draw that follows `earlier`: q, or without replacement q(x) 1[x not in earlier] / (1 - q(earlier)); 0 where nothing is left."""
+    """Law [V] of the draw after `earlier`: q, or without replacement q(x) 1[x not in earlier] / (1 - q(earlier)); 0 if nothing is left."""
     if drawn == "with_replacement" or not earlier:
         return q
     rest = q.clone()
@@ -82,8 +82,9 @@ class KSeq(NamedTuple):
 
 
 def k_seq_constants(p: Tensor, q: Tensor, k: int) -> KSeq:
-    """Constants of K-SEQ for laws p, q [V] and k draws, in float64. Source: arXiv 2310.15141, algorithm 2 and section 4 (rho is gamma there).
+    """Constants of K-SEQ for laws p, q [V] and k draws, in float64.
 
+    Source: arXiv 2310.15141, algorithm 2 and section 4 (rho is gamma there).
     rho solves 1 - (1 - beta(rho))^k = rho beta(rho) by bisection; below it the residual would be negative somewhere.
     """
     p, q = p.double(), q.double()

@@ -8,10 +8,10 @@ Jang et al. 2024, arXiv 2410.03355, section 4; Park et al. 2025 (LANTERN++), arX
     accept x ~ q with min(1, P_A(x)/q(x)),  P_A(x) = p(x) + c_m(x);   else draw from norm([p^x - q]+),  p^x = p with A's mass moved to x
 
 delta bounds each p^x, not the law of the emitted token: p uniform on n groups of k + 1 neighbours and q uniform on one token a group lose
-k/(k + 1) in total variation at delta = k / (n (k + 1)). `lantern_budget` moves the mass first, once for all candidates of the position, and then
-verifies exactly against the moved law; so the loss of a position is at most eps.
+k/(k + 1) in total variation at delta = k / (n (k + 1)). `lantern_budget` moves the mass first, once for all candidates of the position,
+and then verifies exactly against the moved law; so the loss of a position is at most eps.
 
-V vocabulary, k neighbours. Shapes: neighbours [V, >= k].
+V vocabulary, k neighbours. Shapes: neighbours [V, >= k] (> k for the reference's residual).
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,8 +64,9 @@ def lantern(
     """LANTERN (delta) and LANTERN++ (multiple) at one position; lossy, and by how much nothing here bounds: see `lantern_budget`.
 
     p: [V] target law. candidates: distinct tokens in order of drawing. q: [V] draft law, None where drawn is "deterministic".
-    residual: "paper" draws from norm([p^x - q]+) after a rejection. "reference" does as the published code does: of deterministic candidates all k
-    neighbours lose their mass where m > 0, of drawn ones the draft loses its mass there, and an empty residual becomes uniform on all tokens.
+    residual: "paper" draws from norm([p^x - q]+) after a rejection. "reference" does as the published code does where m > 0: of
+    deterministic candidates the k + 1 nearest lose their mass, of drawn ones the draft loses its mass there; and an empty residual
+    becomes uniform on all tokens.
     chances: q of each candidate given the draws before it, where these hold more than the candidates (a tree that tries some of its draws).
     """
     if (q is None) != (drawn == "deterministic"):
@@ -88,7 +89,8 @@ def lantern(
             moved[token] = mass
             r = leftover(moved, q_k)
         else:
-            r = _reference_residual(r, token, near if m else near[:0], q_k, is_drawn=q is not None)
+            wide = neighbours[token, : k + 1].long() if m else near[:0]
+            r = _reference_residual(r, token, wide, q_k, is_drawn=q is not None)
     yield Trial(-1, 1.0, r)
 
 
@@ -96,8 +98,6 @@ def _reference_residual(r: Tensor, token: int, near: Tensor, q_k: Tensor, *, is_
     if is_drawn:
         q_k = q_k.clone()
         q_k[near] = 0
-        if len(near):
-            q_k[token] = 0
         rest = (r - q_k).clamp(min=0)
     else:
         rest = r.clone()
@@ -110,9 +110,9 @@ def _reference_residual(r: Tensor, token: int, near: Tensor, q_k: Tensor, *, is_
 def accepts_greedily(
     logits: Tensor, token: int, neighbours: Tensor | None, *, k: int = 0, delta: float | None = None, multiple: float | None = None
 ) -> bool:
-    """Whether the token is the most probable once it has its neighbours' probability, while they keep theirs. neighbours None: greedy decoding.
+    """Whether the token is the most probable once it has its neighbours' probability, while they keep theirs.
 
-    logits: [V]. Source: the published code of arXiv 2410.03355 at temperature 0.
+    logits: [V]. neighbours None: plain greedy decoding. Source: the published code of arXiv 2410.03355 at temperature 0.
     """
     if neighbours is None:
         return int(logits.argmax()) == token
@@ -151,8 +151,8 @@ def move_mass(p: Tensor, candidates: Sequence[int], neighbours: Tensor, *, k: in
 def lantern_budget(p: Tensor, candidates: Sequence[int], neighbours: Tensor, *, k: int, eps: float) -> Iterator[Trial]:
     """Relaxed acceptance with a certificate: the emitted token has a law within eps of p in total variation.
 
-    p: [V]. candidates: not drawn (the best children of a tree, table look-ups). Exact verification against `move_mass(p, ...)`, whose choice
-    is made before any uniform is seen; the candidates are accepted with p(candidates) + the mass moved, the most that eps can buy.
+    p: [V]. candidates: not drawn (the best children of a tree, table look-ups). Exact verification against `move_mass(p, ...)`, whose
+    choice is made before any uniform is seen; the candidates are accepted with p(candidates) + the mass moved, the most that eps can buy.
     Source: this library; the bound follows from the exactness of recursive rejection.
     """
     return recursive_rejection(move_mass(p, candidates, neighbours, k=k, eps=eps), candidates, None, drawn="deterministic")

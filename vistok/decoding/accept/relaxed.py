@@ -1,7 +1,7 @@
 """Relaxed rules without a codebook: typical acceptance, and a mixture that spends a stated total variation on acceptance.
 
-    typical    accept x where p(x) > min(threshold, alpha exp(-H)),  H = -sum p log(p + 1e-5)          Cai et al. 2024 (Medusa), 2401.10774, section 2.3.1
-    mixture    v = (1 - t) p + t q,  t = min(1, eps / TV(p, q));  exact verification against v         the most one draft can gain at loss eps
+    typical    accept x where p(x) > min(threshold, alpha exp(-H)),  H = -sum p log(p + 1e-5)      Cai et al. 2024, 2401.10774, 2.3.1
+    mixture    v = (1 - t) p + t q,  t = min(1, eps / TV(p, q));  exact verification against v     no rule gains more for a loss of eps
 
 P paths, g drafts a path, V vocabulary.
 """

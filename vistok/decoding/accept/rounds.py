@@ -1,8 +1,8 @@
 """What an acceptance rule is: the candidates of one position in the order they are tried, each with its chance.
 
-A rule is a generator of `Trial`s. It is resumed only where the trial before was rejected, so a residual is computed only when it is needed; its last
-trial has index -1: nothing was accepted, the token is drawn from `law`. The same trials are used to decide (`decide`), with one uniform a candidate,
-and to write down the law of the emitted token (`emitted_law`), which is how every rule is tested.
+A rule is a generator of `Trial`s. It is resumed only where the trial before was rejected, so a residual is computed only when it is
+needed; its last trial has index -1: nothing was accepted, the token is drawn from `law`. The same trials are used to decide (`decide`),
+with one uniform a candidate, and to write down the law of the emitted token (`emitted_law`), which is how every rule is tested.
 
 V vocabulary; p target law, q draft law, u uniform on [0, 1).
 """
@@ -64,7 +64,7 @@ def decide(trials: Iterable[Trial], uniforms: Iterator[float]) -> Decision:
 
 
 def emitted_law(trials: Iterable[Trial], candidates: Sequence[int]) -> Tensor:
-    """Law [V] of the token that a position emits, given its candidates; average it over the draws of the candidates for the law of the rule."""
+    """Law [V] of the token that a position emits, given its candidates; averaged over their draws it is the law of the rule."""
     law, reached = None, 1.0
     for trial in trials:
         law = torch.zeros_like(trial.law) if law is None else law
@@ -86,7 +86,8 @@ def leftover(p: Tensor, q: Tensor) -> Tensor:
 def walk_chain(laws: Tensor, tokens: Tensor, draft_laws: Tensor | None, uniforms: Iterable[float]) -> Decision:
     """Accept the first tokens of a draft one after another: speculative sampling of a sequence.
 
-    laws: [g + 1, V], p after 0 to g draft tokens. tokens: [g]. draft_laws: [g, V], or None for a draft that was not drawn (q is 1 at its token).
+    laws: [g + 1, V], p after 0 to g draft tokens. tokens: [g]. draft_laws: [g, V], or None for a draft that was not drawn (q is 1 at its
+    token).
     uniforms: one for each token that is tried.
     Returns how many were accepted and the law of the next token: the residual, or the last law where all were.
     Source: Leviathan et al. 2023, arXiv 2211.17192, algorithm 1.
@@ -107,8 +108,8 @@ def walk_tree(
 ) -> TreeDecision:
     """Descend from the root, at each node to the child that the rule accepts, until it accepts none.
 
-    parents, tokens: of each node, parents before children, -1 for the root 0. Children are tried in the order of their ids; of children with the
-    same token the first counts, and the children of all of them are its children.
+    parents, tokens: of each node, parents before children, -1 for the root 0. Children are tried in the order of their ids; of children
+    with the same token the first counts, and the children of all of them are its children.
     law_of: node -> p [V], asked for visited nodes only. uniforms: one for each node that is tried.
     """
     children: list[list[int]] = [[] for _ in parents]

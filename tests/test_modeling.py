@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import vistok
+import vistok.registry
 from vistok.modeling import config_from_dict
 from vistok.tokenizers import FSQ2D, FlexTok
 
@@ -54,6 +55,48 @@ def test_half_precision_on_disk_is_float32_when_loaded(model, tmp_path):
     assert again.dtype == torch.float32
     assert torch.equal(again.encoder[1].weight, model.encoder[1].weight.half().float())
     assert FSQ2D.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_int8_on_disk_is_within_half_a_step_of_each_row_and_a_quarter_of_the_size(model, tmp_path):
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "packed", dtype=torch.int8)
+    again = FSQ2D.from_pretrained(tmp_path / "packed")
+    assert again.dtype == torch.float32
+    for (name, weight), loaded in zip(model.named_parameters(), again.parameters()):
+        if weight.ndim >= 2:
+            step = weight.flatten(1).abs().amax(1) / 127
+            assert ((weight - loaded).flatten(1).abs().amax(1) <= 0.501 * step + 1e-9).all(), name
+        else:
+            assert torch.equal(weight.half().float(), loaded), name
+    sizes = [(tmp_path / kind / "model.safetensors").stat().st_size for kind in ("packed", "whole")]
+    assert sizes[0] < 0.4 * sizes[1]
+
+
+@pytest.mark.parametrize("change", ["scale missing", "scale too short", "int8 without need"])
+def test_int8_weights_need_one_scale_a_row(model, tmp_path, change):
+    model.save_pretrained(tmp_path, dtype=torch.int8)
+    key = "encoder.1.weight"
+
+    def damage(state):
+        if change == "scale too short":
+            state[f"{key}:scale"] = state[f"{key}:scale"][:-1].clone()
+        elif change == "scale missing":
+            del state[f"{key}:scale"]
+        else:
+            state["encoder.1.bias"] = state["encoder.1.bias"].to(torch.int8)
+
+    change_weights(tmp_path, damage)
+    with pytest.raises(ValueError, match="encoder.1"):
+        FSQ2D.from_pretrained(tmp_path)
+
+
+def test_the_bundled_models_load_and_stay_small():
+    names = vistok.list_models("vistok/emoji-*")
+    assert {"vistok/emoji-flextok", "vistok/emoji-fsq2d", "vistok/emoji-gpt", "vistok/emoji-gpt-fsq2d", "vistok/emoji-vae"} <= set(names)
+    for name in names:
+        vistok.load(name)
+    weights = [path.stat().st_size for path in vistok.registry.BUNDLED.rglob("*.safetensors")]
+    assert sum(weights) < 24 * 2**20
 
 
 def test_the_config_is_plain_data_and_builds_the_same_model(model):

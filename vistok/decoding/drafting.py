@@ -3,8 +3,7 @@
     Gumbel top-b          tokens = top-b of log q(x) + G                G = -log(-log u); the order is that of successive draws
     stochastic beams      phi' = phi + log q(x);  g = phi' + G;  Z = max_x g                      Kool et al. 2019, 1903.06059, appendix B.3
                           psi' = -log(exp(-psi) - exp(-Z) + exp(-g));  keep the W largest psi'    RSD-S: Jeon et al. 2024, 2402.14160, 3.2
-    best nodes            expand the best b of each round; keep the best of all by log q of the path      EAGLE-2: Li et al. 2024,
-    2406.16858
+    best nodes            expand the best b of each round; keep the best of all by log q of the path    EAGLE-2: 2406.16858
 
 V vocabulary, n nodes, W beams.
 """

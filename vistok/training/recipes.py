@@ -342,10 +342,10 @@ def _gpt(shape: dict, **task):
     return build
 
 
-import vistok.training.recipes_titok  # noqa: E402, F401  (registers its recipes)
-import vistok.training.recipes_vqgan  # noqa: E402, F401
 import vistok.training.recipes_lavit  # noqa: E402, F401
+import vistok.training.recipes_orders  # noqa: E402, F401
+import vistok.training.recipes_seed  # noqa: E402, F401
+import vistok.training.recipes_titok  # noqa: E402, F401  (registers its recipes)
 import vistok.training.recipes_tokenflow  # noqa: E402, F401
 import vistok.training.recipes_var  # noqa: E402, F401
-import vistok.training.recipes_seed  # noqa: E402, F401
-import vistok.training.recipes_orders  # noqa: E402, F401
+import vistok.training.recipes_vqgan  # noqa: E402, F401

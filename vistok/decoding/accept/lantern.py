@@ -152,7 +152,8 @@ def lantern_budget(p: Tensor, candidates: Sequence[int], neighbours: Tensor, *, 
     """Relaxed acceptance with a certificate: the emitted token has a law within eps of p in total variation.
 
     p: [V]. candidates: not drawn (the best children of a tree, table look-ups). Exact verification against `move_mass(p, ...)`, whose
-    choice is made before any uniform is seen; the candidates are accepted with p(candidates) + the mass moved, the most that eps can buy.
+    choice is made before any uniform is seen; the candidates are accepted with p(candidates) + the mass moved, and
+    no rule gains more than eps for a loss of eps.
     Source: this library; the bound follows from the exactness of recursive rejection.
     """
     return recursive_rejection(move_mass(p, candidates, neighbours, k=k, eps=eps), candidates, None, drawn="deterministic")

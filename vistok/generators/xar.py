@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vistok.generators.condition import NULL, ClassTokens, Condition
+from vistok.generators.condition import ClassTokens, Condition, check_classes, class_condition
 from vistok.generators.order import OrderConfig
 from vistok.generators.xar_sampling import FlowSampling, Sampler, time_index
 from vistok.layers.attention import Attention
@@ -71,8 +71,7 @@ class XARConfig:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if self.width % (4 * self.num_heads):
             raise ValueError(f"width={self.width} must be a multiple of 4 num_heads={4 * self.num_heads}")
-        if self.classes and len(self.classes) != self.num_classes:
-            raise ValueError(f"{len(self.classes)} class names for num_classes={self.num_classes}")
+        check_classes(self.classes, self.num_classes)
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("two classes have the same name")
 
@@ -141,12 +140,8 @@ class XAR(VisualModel):
 
         Raises ValueError: a label is no class, or captions are given, which this generator does not read.
         """
-        if features is not None or (captions is not None and any(captions)):
-            raise ValueError("captions are given but this generator reads none")
-        labels = torch.full((batch_size,), NULL) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-        if bool(((labels < NULL) | (labels >= self.settings.num_classes)).any()):
-            raise ValueError(f"labels must be in [0, {self.settings.num_classes}) or -1, got {int(labels.min())} to {int(labels.max())}")
-        return Condition(labels=labels).to(self.device)
+        options = {"labels": labels, "captions": captions, "features": features}
+        return class_condition(batch_size, self.settings.num_classes, self.device, **options)
 
     def new_cache(self, batch_size: int) -> KVCache:
         """An empty cache for all slots of `batch_size` rows."""

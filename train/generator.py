@@ -5,7 +5,7 @@
 
 The first takes seconds on two CPU cores, the second 4 minutes; its samples look like emoji of the class that was asked for.
 
-The same as `vistok train generator`; the recipes are in vistok/training/recipes.py, one function each, to copy and change. --resume
+The same as `vistok train generator`; the recipes are in vistok/training/recipes, one function each, to copy and change. --resume
 continues a run that was stopped or killed, bit for bit.
 """
 

@@ -4,7 +4,7 @@
     python -m train.tokenizer --recipe fsq2d-emoji --data emoji --out runs/fsq2d      4 minutes there; about 22 dB on held-out emoji
     torchrun --nproc-per-node 8 -m train.tokenizer --recipe flextok-imagenet256 --vae VAE --data PHOTOS --out runs/flextok
 
-The same as `vistok train tokenizer`; the recipes are in vistok/training/recipes.py, one function each, to copy and change. --resume
+The same as `vistok train tokenizer`; the recipes are in vistok/training/recipes, one function each, to copy and change. --resume
 continues a run that was stopped or killed, bit for bit.
 """
 

@@ -342,10 +342,5 @@ def _gpt(shape: dict, **task):
     return build
 
 
-import vistok.training.recipes_lavit  # noqa: E402, F401
-import vistok.training.recipes_orders  # noqa: E402, F401
-import vistok.training.recipes_seed  # noqa: E402, F401
-import vistok.training.recipes_titok  # noqa: E402, F401  (registers its recipes)
-import vistok.training.recipes_tokenflow  # noqa: E402, F401
-import vistok.training.recipes_var  # noqa: E402, F401
-import vistok.training.recipes_vqgan  # noqa: E402, F401
+# each file registers its recipes; they use what is above, so they come last
+from vistok.training.recipes import lavit, orders, seed, titok, tokenflow, var, vqgan  # noqa: E402, F401

@@ -1,0 +1,48 @@
+"""Every "tiny" recipe trains for a few steps from its name alone, and what it writes is a model that loads and works."""
+
+import pytest
+import torch
+
+import vistok
+from vistok.rng import image_generators
+from vistok.training.recipes import RECIPES, train_generator, train_tokenizer
+
+QUICK = {"max_steps": 2, "save_every": 2, "preview_every": 2, "progress": False}
+ALONE = [name for name, recipe in RECIPES.items() if name.endswith("-tiny") and recipe().kind == "tokenizer"]
+TOKENIZER_OF = {"gpt-tiny": "fsq2d-tiny", "var-tiny": "var-vqvae-tiny", "maskgit-tiny": "titok-tiny", "rar-tiny": "titok-tiny"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """name -> run folder of a tokenizer recipe, trained once."""
+    runs = {}
+
+    def run(name):
+        if name not in runs:
+            runs[name] = train_tokenizer(name, out=tmp_path_factory.mktemp("runs") / name, **QUICK)
+        return runs[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_tiny_tokenizer_recipe_gives_a_tokenizer_that_makes_images(trained, name):
+    run = trained(name)
+    assert list((run / "previews").glob("*.png"))
+    tokenizer = vistok.load(run)
+    H, W = tokenizer.settings.image_size if not isinstance(tokenizer.settings.image_size, int) else (tokenizer.settings.image_size,) * 2
+    images = torch.rand(2, 3, H, W) * 2 - 1
+    decoded = tokenizer.decode(tokenizer.encode(images), generators=image_generators(0, 2))
+    assert decoded.shape == images.shape and decoded.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TOKENIZER_OF)
+def test_a_tiny_generator_recipe_gives_a_pipeline_that_makes_images(trained, tmp_path, name):
+    run = train_generator(name, out=tmp_path / "run", tokenizer=str(trained(TOKENIZER_OF[name])), **QUICK)
+    images = vistok.load(run)(labels=[0, 1], num_images=1, seed=0).images
+    assert len(images) == 2 and images[0].size[0] >= 16
+
+
+def test_every_tiny_recipe_is_covered_here():
+    generators = {name for name, recipe in RECIPES.items() if name.endswith("-tiny") and recipe().kind == "generator"}
+    assert generators == set(TOKENIZER_OF)

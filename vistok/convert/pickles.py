@@ -16,26 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vistok.convert.safe_reader import read_shapes
+from vistok.convert.safe_reader import locate, read_shapes
 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 _WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def find_state(path: str | os.PathLike, names: tuple[str, ...]) -> Path:
-    """The weight file meant by a path: the file itself, or the first of `names` in a folder.
-
-    Raises OSError: nothing there. ValueError: a file of another kind.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            others = sorted(p.name for p in path.iterdir() if p.is_file())
-            raise OSError(f"{path} has none of {', '.join(names)}; it holds {', '.join(others[:10]) or 'no files'}")
-        return found[0]
-    if not path.is_file():
-        raise OSError(f"{path} does not exist")
+    """The weight file meant by a path, see `locate`. Raises ValueError: a file of another kind."""
+    path = locate(path, names)
     if path.suffix not in {".safetensors", *PICKLED}:
         raise ValueError(f"{path} is no weight file; known: .safetensors, {', '.join(sorted(PICKLED))}")
     return path

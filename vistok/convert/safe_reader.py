@@ -13,11 +13,8 @@ MAX_HEADER_BYTES = 64 << 20
 MAX_VALUE_CHARACTERS = 1 << 20
 
 
-def find_weights(path: str | os.PathLike, names: tuple[str, ...]) -> Path:
-    """The safetensors file meant by a path: the file itself, or the first of `names` in a folder.
-
-    Raises OSError: nothing there. ValueError: a file of another kind (pickles can run code, so they are never opened).
-    """
+def locate(path: str | os.PathLike, names: tuple[str, ...]) -> Path:
+    """The file meant by a path: the file itself, or the first of `names` in a folder. Raises OSError: nothing there."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in names if (path / name).is_file()]
@@ -27,6 +24,12 @@ def find_weights(path: str | os.PathLike, names: tuple[str, ...]) -> Path:
         return found[0]
     if not path.is_file():
         raise OSError(f"{path} does not exist")
+    return path
+
+
+def find_weights(path: str | os.PathLike, names: tuple[str, ...]) -> Path:
+    """The safetensors file meant by a path, see `locate`. Raises ValueError: another kind (pickles can run code and are never opened)."""
+    path = locate(path, names)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is not a .safetensors file; pickled checkpoints can run code when opened and are not read")
     return path

@@ -95,12 +95,18 @@ def remove_leftovers(root: Path) -> list[str]:
 
 
 def replace_folder(folder: Path, temporary: Path) -> None:
-    """Move every file of `temporary` over its namesake in `folder`, one atomic rename each, and remove `temporary`.
+    """Make `temporary` the new `folder`: by one rename where there is none yet, else file by file, one atomic rename each.
 
-    The folder never lacks a file on the way, which a rename of whole folders could not promise.
+    At any instant the folder is absent or has all its files, which a rename of one whole folder over another could not promise.
     """
-    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+    files = sorted(p for p in temporary.rglob("*") if p.is_file())
+    for path in files:
         flush(path)
+    if not folder.exists():
+        temporary.rename(folder)
+        flush(folder.parent)
+        return
+    for path in files:
         target = folder / path.relative_to(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)

@@ -278,6 +278,43 @@ class TextEncoder:
         return features * mask[..., None], mask
 
 
+def make_condition(
+    config,
+    batch_size: int,
+    *,
+    labels: Tensor | Sequence[int] | None = None,
+    captions: Sequence[str] | None = None,
+    features: tuple[Tensor, Tensor] | None = None,
+) -> Condition:
+    """Conditions of B images for a generator with this config (classes and captions named as in GPTConfig), on the CPU.
+
+    Arguments and errors are those of `GPT.make_condition`.
+    """
+    if labels is not None:
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        if not config.num_classes and bool((labels >= 0).any()):
+            raise ValueError("labels are given but this generator has no classes (num_classes=0)")
+        if bool(((labels < NULL) | (labels >= max(config.num_classes, 1))).any()):
+            raise ValueError(f"labels must be in [0, {config.num_classes}) or -1, got {int(labels.min())} to {int(labels.max())}")
+    if captions is not None and config.text == "none" and any(captions):
+        raise ValueError('captions are given but this generator reads none (text="none")')
+    made = Condition()
+    if config.num_classes:
+        made = replace(made, labels=torch.full((batch_size,), NULL) if labels is None else labels)
+    if config.text == "hash":
+        texts = [""] * batch_size if captions is None else captions
+        made = replace(made, words=hash_captions(texts, buckets=config.caption_buckets, min_words=config.caption_tokens))
+    elif config.text != "none":
+        if features is None and captions is not None and any(captions):
+            raise ValueError(f"this generator reads captions through {config.text!r}: pass features of it (TextEncoder)")
+        shape = (batch_size, config.caption_tokens)
+        features = features or (torch.zeros(*shape, config.caption_width), torch.zeros(shape, dtype=torch.bool))
+        if config.caption_padding == "hidden":
+            features = align_right(*features)
+        made = replace(made, **dict(zip(("features", "mask", "absent"), features)))
+    return made
+
+
 def class_condition(
     batch_size: int, num_classes: int, device: torch.device, *, labels: Tensor | Sequence[int] | None, captions=None, features=None
 ) -> Condition:

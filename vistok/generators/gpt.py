@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import NULL, Condition, ConditionPrefix, align_right, check_classes, hash_captions
+from vistok.generators.condition import Condition, ConditionPrefix, check_classes, make_condition
 from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import SwiGLU
@@ -186,30 +186,7 @@ class GPT(VisualModel):
         features: [B, T, F] and mask [B, T] of the captions, when `text` is a text model (`TextEncoder` makes them).
         Raises ValueError: a label is no class, or a condition is given that the model was not built for.
         """
-        config, device = self.settings, self.device
-        if labels is not None:
-            labels = torch.as_tensor(labels, dtype=torch.int64)
-            if not config.num_classes and bool((labels >= 0).any()):
-                raise ValueError("labels are given but this generator has no classes (num_classes=0)")
-            if bool(((labels < NULL) | (labels >= max(config.num_classes, 1))).any()):
-                raise ValueError(f"labels must be in [0, {config.num_classes}) or -1, got {int(labels.min())} to {int(labels.max())}")
-        if captions is not None and config.text == "none" and any(captions):
-            raise ValueError('captions are given but this generator reads none (text="none")')
-        made = Condition()
-        if config.num_classes:
-            made = replace(made, labels=torch.full((batch_size,), NULL) if labels is None else labels)
-        if config.text == "hash":
-            texts = [""] * batch_size if captions is None else captions
-            made = replace(made, words=hash_captions(texts, buckets=config.caption_buckets, min_words=config.caption_tokens))
-        elif config.text != "none":
-            if features is None and captions is not None and any(captions):
-                raise ValueError(f"this generator reads captions through {config.text!r}: pass features of it (TextEncoder)")
-            shape = (batch_size, config.caption_tokens)
-            features = features or (torch.zeros(*shape, config.caption_width), torch.zeros(shape, dtype=torch.bool))
-            if config.caption_padding == "hidden":
-                features = align_right(*features)
-            made = replace(made, **dict(zip(("features", "mask", "absent"), features)))
-        return made.to(device)
+        return make_condition(self.settings, batch_size, labels=labels, captions=captions, features=features).to(self.device)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None) -> KVCache:
         """An empty cache for the prefix and `max_tokens` tokens (all by default) of `batch_size` rows."""

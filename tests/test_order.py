@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from vistok.generators.order import OrderConfig
+from vistok.tokens import TokenLayout
 
+SQUARE, LINE = TokenLayout("grid", (4, 4)), TokenLayout("sequence", (8,))
 GRID = dict(layout_kind="grid", layout_shape=(4, 6))
 SCALES = ((1, 1), (2, 3), (4, 6))
 ORDERS = {
@@ -128,3 +130,44 @@ def test_an_order_that_cannot_be_says_why(fields, message):
 def test_ids_of_a_grid_have_no_coarser_scales():
     with pytest.raises(ValueError, match="needs values"):
         ORDERS["scale"].build().pack(torch.zeros(1, 24, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "text, layout, lengths",
+    [
+        ("token", LINE, (1,) * 8),
+        ("cell-2", SQUARE, (4,) * 4),
+        ("subsample-2", SQUARE, (4,) * 4),
+        ("scale", SQUARE, (1, 4, 16)),
+        ("scale-2-4", SQUARE, (4, 16)),
+        ("scale", TokenLayout("scales", ((1, 1), (2, 2))), (1, 4)),
+        ("image", SQUARE, (16,)),
+        ("group-3", LINE, (3, 3, 2)),
+        ("random-4-7", SQUARE, (4,) * 4),
+        (None, SQUARE, (4,) * 4),
+        (None, LINE, (1,) * 8),
+        (None, TokenLayout("grid", (3, 5)), (1,) * 15),
+    ],
+)
+def test_a_text_names_an_order(text, layout, lengths):
+    order = OrderConfig.parse(text, layout)
+    assert order.layout == layout and order.build().lengths == lengths
+    assert OrderConfig.parse("random-4-7", SQUARE) == OrderConfig(kind="random", size=4, seed=7, layout_shape=(4, 4))
+
+
+@pytest.mark.parametrize(
+    "text, layout, message",
+    [
+        ("cells-2", SQUARE, "allowed: token, patch, cell-K"),
+        ("cell", SQUARE, "has 0 numbers"),
+        ("cell-3", SQUARE, "does not divide"),
+        ("cell-x", SQUARE, "allowed"),
+        ("token-2", SQUARE, "has 1 numbers"),
+        ("cell-2", LINE, "needs a grid"),
+        ("scale-1-2", SQUARE, "must end in the full grid"),
+        ("scale-1", TokenLayout("scales", ((1, 1), (2, 2))), "have their own"),
+    ],
+)
+def test_a_text_that_names_no_order_is_refused(text, layout, message):
+    with pytest.raises(ValueError, match=message):
+        OrderConfig.parse(text, layout)

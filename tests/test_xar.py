@@ -24,10 +24,14 @@ ORDERS = {
 SOLVERS = {"euler": FlowSampling(num_steps=2, solver="euler"), "annealed": FlowSampling(num_steps=3, final_steps=2)}
 
 
-def build(name="cell"):
+CAPTIONS = dict(text="hash", caption_tokens=3, caption_buckets=64)
+SCALED = dict(value_mean=(1.0, -2.0, 0.5, 0.0), value_deviation=(2.0, 0.5, 1.0, 3.0))
+
+
+def build(name="cell", **fields):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return vistok.create("xar-tiny", order=ORDERS[name]).eval()
+        return vistok.create("xar-tiny", order=ORDERS[name], **fields).eval()
 
 
 def draws(model, B):
@@ -58,7 +62,7 @@ def plain_sample(model, condition, noise, sampling, scales):
             if step + 2 < len(times):
                 x = x + (2 * t) ** 0.5 * length**0.5 * noise(entity, step + 1)
         slots = x if slots is None else torch.cat([slots, x], dim=1)
-    return order.unpack(slots)
+    return order.unpack(model.denormalise(slots))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -70,6 +74,82 @@ def test_the_quick_sampler_gives_what_the_plain_one_gives(name, solver):
     expected = plain_sample(model, condition, noise, sampling, model.guidance_schedule(3.0))
     assert tokens.layout == model.layout
     torch.testing.assert_close(tokens.values, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_captions_and_statistics_pass_through_the_quick_sampler(scale, solver):
+    model, sampling = build(**CAPTIONS, **SCALED, num_classes=0), SOLVERS[solver]
+    condition, noise = model.make_condition(3, captions=["a red cat", "", "two dogs by the sea"]), draws(model, 3)
+    tokens = model.sample(condition, noise=noise, sampling=sampling, guidance_scale=scale)
+    expected = plain_sample(model, condition, noise, sampling, model.guidance_schedule(scale))
+    torch.testing.assert_close(tokens.values, expected, atol=1e-4, rtol=0)
+    other = model.sample(model.make_condition(3, captions=["a blue dog"] * 3), noise=noise, sampling=sampling, guidance_scale=scale)
+    assert (other.values - tokens.values).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_teacher_forcing_sees_what_sampling_sees(name):
+    model = build(name, **CAPTIONS)
+    order, condition = model.order, model.make_condition(2, labels=[0, 1], captions=["a cat", ""])
+    S, E = order.num_slots, order.num_entities
+    clean, noisy, times = torch.randn(2, S, 4), torch.randn(2, S, 4), torch.rand(2, E)
+    with torch.no_grad():
+        forced = model.forced(clean, noisy, condition, times=times)
+        for entity in range(E):
+            rows = order.entity(entity)
+            seen = torch.cat([clean[:, : rows.start], noisy[:, rows]], dim=1)
+            at = torch.cat([torch.zeros(2, entity), times[:, entity : entity + 1]], dim=1)
+            torch.testing.assert_close(forced[:, rows], model(seen, condition, times=at)[:, rows], atol=1e-5, rtol=0)
+
+
+def test_a_beginning_of_a_sequence_is_the_beginning_of_all_of_it():
+    model, sampling = build("group"), FlowSampling(num_steps=2)
+    condition, options = model.make_condition(2, labels=[0, 1]), dict(sampling=sampling, guidance_scale=2.0)
+    whole = model.sample(condition, generators=image_generators(0, 2), **options)
+    part = model.sample(condition, generators=image_generators(0, 2), num_slots=6, **options)
+    assert part.counts.tolist() == [6, 6]
+    torch.testing.assert_close(part.values, whole.values[:, :6], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="inside an entity"):
+        model.sample(condition, generators=image_generators(0, 2), num_slots=5)
+    with pytest.raises(ValueError, match="does not run in a sequence"):
+        build("cell").sample(condition, generators=image_generators(0, 2), num_slots=4)
+    with pytest.raises(ValueError, match="prefix holds 6"):
+        model.sample(condition, generators=image_generators(0, 2), num_slots=3, prefix=torch.zeros(2, 6, 4))
+
+
+@pytest.mark.parametrize("name", ["cell", "scale"])
+def test_snapped_entities_are_what_later_entities_see(name):
+    model, sampling, seen = build(name, **SCALED), FlowSampling(num_steps=2), []
+    condition = model.make_condition(2, labels=[0, 1])
+    options = dict(sampling=sampling, snap=torch.round)
+    tokens = model.sample(condition, generators=image_generators(0, 2), on_step=lambda e, slots: seen.append(slots), **options)
+    torch.testing.assert_close(tokens.values, tokens.values.round(), atol=1e-5, rtol=0)
+    free = model.sample(condition, generators=image_generators(0, 2), sampling=sampling).values
+    if name == "cell":
+        again = model.sample(condition, generators=image_generators(0, 2), prefix=seen[0], **options)
+        torch.testing.assert_close(again.values, tokens.values, atol=1e-5, rtol=0)
+    else:  # averages of codes are no codes, so only the picture itself is snapped
+        torch.testing.assert_close(tokens.values, free.round(), atol=1e-5, rtol=0)
+
+
+def test_float64_stays_on_the_cpu_and_in_tables():
+    """A device without float64 (MPS) can sample: only the grid of times and the table of rotations are made in it, on the CPU."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+                assert out.ndim <= 1 and out.device.type == "cpu", function
+            return out
+
+    model = build()
+    with Watch():
+        model.sample(model.make_condition(2, labels=[0, 1]), generators=image_generators(0, 2), guidance_scale=2.0)
+    with torch.device("meta"):
+        assert FlowSampling().times(5).device.type == "cpu"
+        assert vistok.create("xar-tiny").rope.device.type == "meta"
 
 
 @pytest.mark.parametrize("scales", [(1, 2, 1, 3), (2, 1, 1, 1), (1, 1, 1, 1), (2, 1, 1, 2)])
@@ -118,14 +198,13 @@ def test_an_image_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("name", ["cell", "scale", "group"])
 def test_a_saved_prefix_is_continued_as_if_never_interrupted(name):
-    model, condition_labels = build(name), [0, 1]
-    condition, order, seen = model.make_condition(2, labels=condition_labels), model.order, []
+    model = build(name, **CAPTIONS, **SCALED)
+    condition, order, seen = model.make_condition(2, labels=[0, 1], captions=["a cat", ""]), model.order, []
     options = dict(sampling=FlowSampling(num_steps=2), guidance_scale=2.0)
-    whole = model.sample(condition, generators=image_generators(0, 2), on_step=lambda e, values: seen.append((e, values)), **options)
-    assert [entity for entity, _ in seen] == list(range(order.num_entities)) and torch.equal(seen[-1][1], whole.values)
-    if not order.is_pyramid:
-        prefix = order.pack(whole.values)[:, : order.ends[1]]
-        torch.testing.assert_close(order.pack(seen[1][1])[:, : order.ends[1]], prefix)
+    whole = model.sample(condition, generators=image_generators(0, 2), on_step=lambda e, slots: seen.append((e, slots)), **options)
+    assert [entity for entity, _ in seen] == list(range(order.num_entities)) and torch.equal(order.unpack(seen[-1][1]), whole.values)
+    assert [slots.shape[1] for _, slots in seen] == list(order.ends)
+    for _, prefix in seen:
         rest = model.sample(condition, generators=image_generators(0, 2), prefix=prefix, **options)
         torch.testing.assert_close(rest.values, whole.values, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="inside an entity"):

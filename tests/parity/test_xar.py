@@ -124,7 +124,7 @@ def test_complete_runs_of_the_samplers(model, golden, kind, solver):
         noise=noise,
         sampling=FlowSampling(num_steps=config[f"{kind}_steps"], solver=solver),
         guidance_scale=config["cfg_scale"],
-        on_step=lambda entity, values: seen.append(model.order.pack(values)[:, model.order.entity(entity)]),
+        on_step=lambda entity, slots: seen.append(slots[:, model.order.entity(entity)]),
     )
     h, w = model.layout.shape
     results = {f"{group}.entities": torch.stack(seen), f"{group}.latents": tokens.values.transpose(1, 2).unflatten(2, (h, w))}

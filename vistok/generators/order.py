@@ -29,6 +29,7 @@ from vistok.tokens import TokenLayout
 
 CPU = "cpu"  # where a table is made, whatever device a model is built on, "meta" included
 KINDS = ("token", "patch", "cell", "subsample", "scale", "image", "group", "random")
+ORDER_FORMS = "token, patch, cell-K, subsample-Q, scale, scale-1-2-4-8, image, group-N, random-N, random-N-SEED"
 _SIZED = {"cell": "side of a cell", "subsample": "stride", "group": "tokens of a group", "random": "tokens of an entity"}
 
 
@@ -84,6 +85,31 @@ class OrderConfig:
         """The tokenizer's layout."""
         return TokenLayout(self.layout_kind, tuple(self.layout_shape))
 
+    @classmethod
+    def parse(cls, text: str | None, layout: TokenLayout) -> "OrderConfig":
+        """The order that a text names, over the tokens of a layout: its kind and what it needs, joined by dashes.
+
+        token, patch, image; cell-K, subsample-Q, group-N with their size; random-N or random-N-SEED; scale, which over a grid doubles its
+        sides up to the full grid, or scale-1-2-4-8 with the sides of its square grids. None: what suits the layout (`default_order`).
+        Raises ValueError: no such order, or it does not fit the layout.
+        """
+        kind, *numbers = (default_order(layout) if text is None else text).split("-")
+        if kind not in KINDS or not all(number.isdecimal() for number in numbers):
+            raise ValueError(f"order={text!r}; allowed: {ORDER_FORMS}")
+        numbers = [int(number) for number in numbers]
+        wanted = {"cell": (1,), "subsample": (1,), "group": (1,), "random": (1, 2), "scale": range(100)}.get(kind, (0,))
+        if len(numbers) not in wanted:
+            raise ValueError(f"order={text!r} has {len(numbers)} numbers; allowed: {ORDER_FORMS}")
+        where = dict(kind=kind, layout_kind=layout.kind, layout_shape=layout.shape)
+        if kind == "scale":
+            if layout.kind == "grid":
+                where["scales"] = tuple((side, side) for side in numbers) or doubling_scales(layout.shape)
+            elif numbers:
+                raise ValueError(f"order={text!r}: tokens that lie in scales have their own; write scale alone")
+        elif numbers:
+            where |= dict(zip(("size", "seed"), numbers))
+        return cls(**where)
+
     def build(self) -> "PredictionOrder":
         """The table."""
         layout, n = self.layout, self.layout.num_tokens
@@ -100,6 +126,22 @@ class OrderConfig:
             tokens = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed), device=CPU)
         size = {"token": 1, "patch": 1, "image": n}.get(self.kind, self.size)
         return PredictionOrder(layout, tuple(len(part) for part in tokens.split(size)), tokens)
+
+
+def default_order(layout: TokenLayout) -> str:
+    """The text of a good order: cells of half the grid's height where they fit (xAR's), eighths of a sequence, scale by scale."""
+    if layout.kind == "scales":
+        return "scale"
+    if layout.kind == "sequence":
+        return f"group-{-(-layout.num_tokens // 8)}"
+    h, w = layout.shape
+    return f"cell-{h // 2}" if h % 2 == 0 and w % (h // 2) == 0 else "patch"
+
+
+def doubling_scales(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Grids that double from one row or column on up to the full one: (1, 1), (2, 2), (4, 4), (8, 8) for 8 x 8."""
+    (h, w), halvings = grid, (min(grid) - 1).bit_length()
+    return tuple((-(-h >> n), -(-w >> n)) if n else (h, w) for n in range(halvings, -1, -1))
 
 
 def _sides(part) -> tuple[int, ...]:
@@ -125,6 +167,11 @@ class PredictionOrder:
     def __init__(self, layout: TokenLayout, lengths: tuple[int, ...], tokens: Tensor, *, scales: tuple[tuple[int, int], ...] | None = None):
         self.layout, self.lengths, self.tokens, self.scales = layout, lengths, tokens, scales
         self.is_pyramid = scales is not None and layout.kind == "grid"  # the entities before the last are made from it
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether the slots are the tokens in their own order, so that the first entities are a beginning of the tokens."""
+        return not self.is_pyramid and bool((self.tokens.diff() == 1).all())
 
     @property
     def num_entities(self) -> int:

@@ -8,21 +8,25 @@ Ren et al. 2025, "Beyond Next-Token: Next-X Prediction for Autoregressive Visual
     block:  y = y + g1 attention(rmsnorm(y) (1 + s1) + b1);   y = y + g2 mlp(rmsnorm(y) (1 + s2) + b2)     g, s, b: linear in silu(c)
     attention: a slot sees its own entity and all before; two-dimensional rotary positions. mlp: out(gelu(gate y) * up y)
 
+Ours: captions, as tokens in front that every entity sees, at t = 0 and unrotated; values brought to mean 0 and deviation 1 a channel; and
+teacher forcing to compare with, where an entity sees those before it clean: [clean entities | noisy entities] in one pass.
+
 Sampling (`sample`): entity after entity from noise, those before it clean at t = 0. Guidance of entity e of E: 1 + (s - 1) e / (E - 1).
 Done once instead of every step, with the same result: modulations for each (class, time); keys and values of finished entities, in memory
 allocated once; and nothing unconditional runs where guidance is 1.
 
-B images, E entities, n slots of an entity, S all slots, T slots given, C channels, D width, h heads, d = D / h.
+B images, E entities, n slots of an entity, S all slots, T slots given, P caption tokens, C channels, D width, L blocks, h heads, d = D / h.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vistok.generators.condition import ClassTokens, Condition, check_classes, class_condition
+from vistok.generators.condition import NULL, ClassTokens, Condition, ConditionPrefix, check_classes, make_condition
 from vistok.generators.order import OrderConfig
 from vistok.generators.xar_sampling import FlowSampling, Sampler, time_index
 from vistok.layers.attention import Attention
@@ -60,12 +64,26 @@ class XARConfig:
     """Classes a picture can be asked of; 0: unconditional."""
     classes: tuple[str, ...] = ()
     """Names of the classes, if they have names."""
+    text: str = "none"
+    """How captions are read: "none", "hash" (words and trigrams hashed into a table), or a transformers text model, by folder or hub id."""
+    caption_tokens: int = 8
+    """Tokens of a caption: words, besides the token for all of them, with "hash"; the text model's tokens otherwise."""
+    caption_width: int = 0
+    """Width of the text model's features; not used by "hash"."""
+    caption_buckets: int = 4096
+    """Rows of the table of "hash"."""
+    value_mean: tuple[float, ...] = ()
+    """Mean of each channel of the tokens, which the network sees with mean 0; none: as they are."""
+    value_deviation: tuple[float, ...] = ()
+    """Standard deviation of each channel, which the network sees with deviation 1; none: as they are."""
     norm_eps: float = 1e-6
     """Epsilon of the norms."""
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
-        least = dict(code_dim=1, width=1, encoder_depth=0, decoder_depth=0, num_heads=1, hidden=1, num_classes=0)
+        least = dict(
+            code_dim=1, width=1, encoder_depth=0, decoder_depth=0, num_heads=1, hidden=1, num_classes=0, caption_tokens=1, caption_buckets=1
+        )  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -74,11 +92,19 @@ class XARConfig:
         check_classes(self.classes, self.num_classes)
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("two classes have the same name")
+        if self.text not in ("none", "hash") and self.caption_width < 1:
+            raise ValueError(f"text={self.text!r} needs caption_width, the width of that model's features")
+        for name in ("value_mean", "value_deviation"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            if len(getattr(self, name)) not in (0, self.code_dim):
+                raise ValueError(f"{name} has {len(getattr(self, name))} numbers, but a token {self.code_dim} channels")
+        if any(not value > 0 for value in self.value_deviation):
+            raise ValueError(f"value_deviation must be above 0, got {min(self.value_deviation)}")
 
     @property
-    def text(self) -> str:
-        """How captions are read: they are not."""
-        return "none"
+    def caption_padding(self) -> str:
+        """What stands in a short caption's place: a learned vector."""
+        return "learned"
 
 
 class Block(nn.Module):
@@ -92,9 +118,11 @@ class Block(nn.Module):
         self.mlp = GEGLU(D, config.hidden)
         self.modulation = nn.Linear(D, 6 * D)
 
-    def forward(self, x: Tensor, modulations: Tensor, **attention) -> Tensor:
-        """x: [B, T, D]. modulations: [B, T or 1, 6, D]."""
+    def forward(self, x: Tensor, modulations: Tensor, *, keep: Tensor | None = None, **attention) -> Tensor:
+        """x: [B, T, D]. modulations: [B, T or 1, 6, D]. keep: [2, B, 1, D] factors on both branches (dropout), or None."""
         g1, g2, s1, s2, b1, b2 = modulations.unbind(2)
+        if keep is not None:
+            g1, g2 = g1 * keep[0], g2 * keep[1]
         x = x + g1 * self.attention(modulate(self.norm(x), b1, s1), **attention)
         return x + g2 * self.mlp(modulate(self.norm(x), b2, s2))
 
@@ -111,6 +139,10 @@ class XAR(VisualModel):
         self.order = config.order.build()
         self.layout, self.max_tokens, self.code_dim = self.order.layout, self.order.layout.num_tokens, C
         self.classes = ClassTokens(config.num_classes, D)
+        self.captions: ConditionPrefix | None = None
+        if config.text != "none":
+            how = {name: getattr(config, name) for name in ("text", "caption_tokens", "caption_width", "caption_buckets")}
+            self.captions = ConditionPrefix(width=D, num_classes=0, **how)
         self.time_mlp = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
         self.encoder_in, self.decoder_in = nn.Linear(C, D), nn.Linear(D, D)
         self.encoder_positions, self.decoder_positions = (nn.Parameter(torch.empty(self.order.num_slots, D)) for _ in range(2))
@@ -118,9 +150,16 @@ class XAR(VisualModel):
         self.encoder_blocks = nn.ModuleList(Block(config) for _ in range(config.encoder_depth))
         self.decoder_blocks = nn.ModuleList(Block(config) for _ in range(config.decoder_depth))
         self.out = nn.Linear(D, C)
-        device = self.out.weight.device
-        self.register_buffer("rope", rope_table(self.order.coordinates.to(device), D // config.num_heads), persistent=False)
-        self.register_buffer("entities", self.order.entities.to(device), persistent=False)
+        device, P = self.out.weight.device, self.prefix_length
+        with torch.device("cpu"):  # not every device has the float64 of the table
+            table = rope_table(self.order.coordinates, D // config.num_heads)
+            table = torch.cat([torch.tensor([1.0, 0.0]).expand(P, table.shape[1], 2), table])  # captions stand still
+            entities = nn.functional.pad(self.order.entities, (P, 0), value=-1)
+        self.register_buffer("rope", table.to(device), persistent=False)  # [P + S, d/2, 2]
+        self.register_buffer("entities", entities.to(device), persistent=False)  # [P + S], -1 for the caption
+        mean, deviation = config.value_mean or (0.0,) * C, config.value_deviation or (1.0,) * C
+        self.register_buffer("value_mean", torch.tensor(mean, device=device), persistent=False)
+        self.register_buffer("value_deviation", torch.tensor(deviation, device=device), persistent=False)
         for table in (self.classes.table.weight, self.encoder_positions, self.decoder_positions):
             nn.init.normal_(table, std=0.02)
         for module in self.modules():
@@ -133,28 +172,39 @@ class XAR(VisualModel):
         """All blocks, in the order they run."""
         return [*self.encoder_blocks, *self.decoder_blocks]
 
-    def make_condition(
-        self, batch_size: int, *, labels: Tensor | Sequence[int] | None = None, captions: Sequence[str] | None = None, features=None
-    ) -> Condition:
-        """Conditions of B images on the model's device: labels [B], -1 for none; all none without them.
+    @property
+    def prefix_length(self) -> int:
+        """P: caption tokens in front of every image."""
+        return 0 if self.captions is None else self.captions.num_tokens
 
-        Raises ValueError: a label is no class, or captions are given, which this generator does not read.
-        """
-        options = {"labels": labels, "captions": captions, "features": features}
-        return class_condition(batch_size, self.settings.num_classes, self.device, **options)
+    def make_condition(
+        self,
+        batch_size: int,
+        *,
+        labels: Tensor | Sequence[int] | None = None,
+        captions: Sequence[str] | None = None,
+        features: tuple[Tensor, Tensor] | None = None,
+    ) -> Condition:
+        """Conditions of B images on the model's device; what is not given is null. Arguments and errors: `GPT.make_condition`."""
+        made = make_condition(self.settings, batch_size, labels=labels, captions=captions, features=features)
+        if made.labels is None:
+            made = replace(made, labels=torch.full((batch_size,), NULL))
+        return made.to(self.device)
+
+    def normalise(self, values: Tensor) -> Tensor:
+        """Values [..., C] of the tokenizer as the network sees them."""
+        return (values - self.value_mean) / self.value_deviation
+
+    def denormalise(self, values: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return values * self.value_deviation + self.value_mean
 
     def new_cache(self, batch_size: int) -> KVCache:
-        """An empty cache for all slots of `batch_size` rows."""
-        config = self.settings
-        return KVCache(
-            num_layers=len(self.blocks),
-            batch_size=batch_size,
-            num_heads=config.num_heads,
-            max_length=self.order.num_slots,
-            head_width=config.width // config.num_heads,
-            device=self.device,
-            dtype=self.out.weight.dtype,
-        )
+        """An empty cache for the caption and all slots of `batch_size` rows."""
+        config, length = self.settings, self.prefix_length + self.order.num_slots
+        heads = dict(num_heads=config.num_heads, head_width=config.width // config.num_heads)
+        where = dict(device=self.device, dtype=self.out.weight.dtype)
+        return KVCache(num_layers=len(self.blocks), batch_size=batch_size, max_length=length, **heads, **where)
 
     def guidance_schedule(self, scale: float) -> Callable[[int], float]:
         """Guidance of each entity where a number is asked for: rising from 1 at the first to `scale` at the last."""
@@ -171,53 +221,122 @@ class XAR(VisualModel):
         vector = nn.functional.silu(self.time_embedding(indices) + self.classes(labels))
         return [block.modulation(vector).unflatten(-1, (6, -1)) for block in self.blocks]
 
-    def forward(self, slots: Tensor, condition: Condition, *, times: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, slots: Tensor, condition: Condition, *, times: Tensor, cache: KVCache | None = None, keep: Tensor | None = None
+    ) -> Tensor:
         """Velocities [B, T, C] of whole entities.
 
         slots: [B, T, C], of the first entities or of those behind the cache's content; each at its own time, times [B, E'] in [0, 1].
-        cache: keys and values of the new slots are written behind its content but not counted: who knows that the first n of them are
-        clean calls `cache.advance(n)`.
+        cache: keys and values of what is new are written behind its content but not counted: who knows that the first n positions of them
+        (the caption's, in an empty cache, then slots) are clean calls `cache.advance(n)`.
+        keep: [L, 2, B, 1, D] factors on the residual branches, for dropout drawn outside; None for none.
         Raises ValueError: slots end inside an entity, or the times are not one an entity.
         """
-        return self.run(slots, self.modulations(time_index(times), condition.labels), cache=cache)
+        indices, prefix = time_index(times), None
+        if self.captions is not None and not (cache and cache.length):
+            prefix, indices = self.captions(condition, len(slots)), nn.functional.pad(indices, (1, 0))
+        return self.run(slots, self.modulations(indices, condition.labels), prefix=prefix, cache=cache, keep=keep)
 
-    def run(self, slots: Tensor, modulations: Sequence[Tensor], *, cache: KVCache | None = None) -> Tensor:
-        """`forward` with modulations of each block, [B, E', 6, D]."""
-        start, T = (0 if cache is None else cache.length), slots.shape[1]
-        count = self.order.entities_within(start + T) - self.order.entities_within(start)
+    def run(
+        self,
+        slots: Tensor,
+        modulations: Sequence[Tensor],
+        *,
+        prefix: Tensor | None = None,
+        cache: KVCache | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` with modulations of each block, [B, E', 6, D]; those of the caption first where its tokens, prefix [B, P, D], are."""
+        P, T, start = self.prefix_length, slots.shape[1], 0 if cache is None else cache.length
+        first = max(start - P, 0)
+        end = P + first + T
+        count = self.order.entities_within(first + T) - self.order.entities_within(first) + (prefix is not None)
         if any(m.shape[1] != count for m in modulations):
-            raise ValueError(f"{T} slots from {start} on are {count} entities, but there are times for {modulations[0].shape[1]}")
+            raise ValueError(f"{T} slots from {first} on are {count} entities, but there are times for {modulations[0].shape[1]}")
         if cache is not None:
-            cache.check(T)
-        rows = slice(start, start + T)
-        entities = self.entities[: start + T]
+            cache.check(end - start)
+        entities = self.entities[:end]
+        groups = None if count == 1 else entities[start:] - entities[start]
         # the last entity sees all there is, so alone it needs no mask
         mask = None if count == 1 else entities[start:, None] >= entities
-        attention = dict(mask=mask, rotate=partial(rotate, table=self.rope[rows]))
-        x = self.in_norm(self.encoder_in(slots) + self.encoder_positions[rows])
+        return self._network(slots, modulations, slice(P + first, end), groups, mask, prefix=prefix, cache=cache, keep=keep)
+
+    def forced(self, clean: Tensor, noisy: Tensor, condition: Condition, *, times: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Velocities [B, S, C] of noisy slots [B, S, C] that see the entities before their own clean, [B, S, C]: teacher forcing.
+
+        times: [B, E]. The same as sampling's passes, all entities at once.
+        """
+        P, S, known = self.prefix_length, self.order.num_slots, self.order.ends[-1] - self.order.lengths[-1]  # nobody sees the last one
+        device = noisy.device
+        rows = torch.cat([torch.arange(P, P + known, device=device), torch.arange(P, P + S, device=device)])
+        rows = rows if P == 0 else torch.cat([torch.arange(P, device=device), rows])
+        entities = self.entities[rows]
+        is_clean = torch.arange(len(rows), device=device) < P + known
+        before = entities[:, None] > entities
+        same = (entities[:, None] == entities) & (is_clean[:, None] == is_clean)
+        mask = (before & is_clean) | same
+        E = self.order.num_entities
+        indices = nn.functional.pad(time_index(times), (E - 1 + (P > 0), 0))
+        groups = torch.where(is_clean, entities, entities + E - 1) + (P > 0)
+        prefix = None if self.captions is None else self.captions(condition, len(noisy))
+        slots = torch.cat([clean[:, :known], noisy], dim=1)
+        modulations = self.modulations(indices, condition.labels)
+        return self._network(slots, modulations, rows[P:], groups, mask, prefix=prefix, keep=keep)[:, known:]
+
+    def _network(
+        self,
+        slots: Tensor,
+        modulations: Sequence[Tensor],
+        rows: slice | Tensor,
+        groups: Tensor | None,
+        mask: Tensor | None,
+        *,
+        prefix: Tensor | None,
+        cache: KVCache | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Velocities of slots that sit at `rows` of the tables; position i has the modulations groups[i], all the same one for None."""
+        P, ahead = self.prefix_length, 0 if prefix is None else self.prefix_length
+        places = slice(rows.start - P, rows.stop - P) if isinstance(rows, slice) else rows - P  # of the tables without the caption
+        table = self.rope[rows] if not ahead else torch.cat([self.rope[:P], self.rope[rows]])
+        x = self.in_norm(self.encoder_in(slots) + self.encoder_positions[places])
+        x = x if prefix is None else torch.cat([prefix.to(x.dtype), x], dim=1)
+        between = nn.functional.pad(self.decoder_positions[places], (0, 0, ahead, 0))
         for number, (block, modulation) in enumerate(zip(self.blocks, modulations)):
             if number == len(self.encoder_blocks):
-                x = self._between(x, rows)
-            per_slot = modulation if count == 1 else modulation[:, entities[start:] - entities[start]]
-            x = block(x, per_slot, cache=None if cache is None else cache.layer(number), **attention)
+                x = self.decoder_in(self.encoder_norm(x)) + between
+            per_position = modulation if groups is None else modulation[:, groups]
+            layer, factors = None if cache is None else cache.layer(number), None if keep is None else keep[number]
+            x = block(x, per_position, keep=factors, mask=mask, rotate=partial(rotate, table=table), cache=layer)
         if not self.decoder_blocks:
-            x = self._between(x, rows)
-        return self.out(self.decoder_norm(x))
-
-    def _between(self, x: Tensor, rows: slice) -> Tensor:
-        return self.decoder_in(self.encoder_norm(x)) + self.decoder_positions[rows]
+            x = self.decoder_in(self.encoder_norm(x)) + between
+        return self.out(self.decoder_norm(x[:, ahead:]))
 
     def add_noise(self, slots: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """x_t [B, S, C] of clean slots and noise [B, S, C], each entity at its time, times [B, E]."""
-        t = times[:, self.entities, None].to(slots.dtype)
+        t = times[:, self.entities[self.prefix_length :], None].to(slots.dtype)
         return (1 - t) * slots + t * noise
 
-    def denoising_loss(self, slots: Tensor, condition: Condition, *, noise: Tensor, times: Tensor) -> Tensor:
-        """Mean squared error of the velocity with noisy context, [B]: an image's own.
+    def denoising_loss(
+        self,
+        slots: Tensor,
+        condition: Condition,
+        *,
+        noise: Tensor,
+        times: Tensor,
+        context: Literal["noisy", "clean"] = "noisy",
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Mean squared error of the velocity, [B]: an image's own.
 
-        slots, noise: [B, S, C], clean (`order.pack`) and standard normal. times: [B, E]; the paper's are sigmoids of standard normals.
+        slots, noise: [B, S, C], clean (`normalise`, `order.pack`) and standard normal. times: [B, E]; the paper's are sigmoids of
+        standard normals. context: how an entity sees those before it: "noisy", each at its own time, or "clean" (teacher forcing).
         """
-        velocity = self(self.add_noise(slots, noise, times), condition, times=times)
+        noisy = self.add_noise(slots, noise, times)
+        if context == "noisy":
+            velocity = self(noisy, condition, times=times, keep=keep)
+        else:
+            velocity = self.forced(slots, noisy, condition, times=times, keep=keep)
         return (velocity - (noise - slots)).square().flatten(1).mean(1)
 
     @torch.no_grad()
@@ -230,20 +349,26 @@ class XAR(VisualModel):
         sampling: FlowSampling | None = None,
         guidance_scale: float | Callable[[int], float] = 1.0,
         prefix: Tensor | None = None,
+        num_slots: int | None = None,
+        snap: Callable[[Tensor], Tensor] | None = None,
         on_step: Callable[[int, Tensor], None] | None = None,
     ) -> VisualTokens:
-        """New images of the conditions, as values.
+        """New images of the conditions, as the tokenizer's values.
 
         generators: one an image. noise: instead of them, a function of entity and draw (0 is where the entity starts, k > 0 the noise of
         step k - 1) that gives [B, n, C]. One of the two.
         sampling: steps and solver, those of xAR-B by default.
         guidance_scale: 1 is off; a number is what the last entity gets (`guidance_schedule`), a function gives that of each entity.
-        prefix: [B, n, C] slots of the first entities, kept as they are; the same generators continue them as an unbroken run would.
-        on_step: called with (entity, values so far [B, N, C], see `PredictionOrder.partial`) after each entity.
+        prefix: [B, n, C] values of the first entities' slots, kept as they are; the same generators continue them as an unbroken run would.
+        num_slots: make only the first entities, up to so many slots, of an order that runs through a sequence; all by default.
+        snap: values [B, n, C] of a finished entity to those of the nearest codes, so that what follows sees codes as in training.
+        on_step: called with (entity, values of all slots so far [B, n, C]) after each entity; that is what `prefix` takes, and
+        `PredictionOrder.partial` shows.
         Memory beside the cache: 6 D numbers a block for every pair of a class in the batch and a distinct time.
-        Raises ValueError: no noise or two sources of it, guidance below 1, or a prefix that is no whole entities.
+        Raises ValueError: no noise or two sources of it, guidance below 1, or a prefix or num_slots that is no whole entities.
         """
-        return Sampler(self, condition, generators, noise, sampling or FlowSampling(), guidance_scale, prefix).run(on_step)
+        sampler = Sampler(self, condition, generators, noise, sampling or FlowSampling(), guidance_scale, prefix, num_slots, snap)
+        return sampler.run(on_step)
 
 
 def _preset(overrides: dict, **fields) -> XAR:

@@ -59,10 +59,10 @@ class FlowSampling:
         return int((last - entity) / last * (self.num_steps - self.final_steps) + self.final_steps)
 
     def times(self, num_steps: int) -> Tensor:
-        """[num_steps + 1] float64 from 1 to 0."""
+        """[num_steps + 1] float64 from 1 to 0, on the CPU: not every device has float64."""
         if self.solver == "euler":
-            return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-        return F.pad(torch.linspace(1, self.last_time, num_steps, dtype=torch.float64), (0, 1))
+            return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu")
+        return F.pad(torch.linspace(1, self.last_time, num_steps, dtype=torch.float64, device="cpu"), (0, 1))
 
 
 def time_index(times: Tensor) -> Tensor:
@@ -81,7 +81,9 @@ class Sampler:
     noise: Callable[[int, int], Tensor] | None
     sampling: FlowSampling
     guidance_scale: float | Callable[[int], float]
-    prefix: Tensor | None
+    prefix: Tensor | None = None
+    num_slots: int | None = None
+    snap: Callable[[Tensor], Tensor] | None = None
     num_rows: int = field(default=0, init=False)
     """Network rows computed so far: rows of a call times its calls."""
 
@@ -101,7 +103,14 @@ class Sampler:
             if self.prefix.ndim != 3 or self.prefix.shape[::2] != self.slots.shape[::2]:
                 raise ValueError(f"prefix must be [{B}, n, {self.model.code_dim}], got {tuple(self.prefix.shape)}")
             self.first = order.entities_within(self.prefix.shape[1])
-            self.slots[:, : self.prefix.shape[1]] = self.prefix
+            self.slots[:, : self.prefix.shape[1]] = self.model.normalise(self.prefix.to(self.slots))
+        self.last = order.num_entities
+        if self.num_slots not in (None, order.num_slots):
+            if not order.is_sequential:
+                raise ValueError(f"num_slots={self.num_slots}, but this order does not run in a sequence: it makes all {order.num_slots}")
+            self.last = order.entities_within(self.num_slots)
+        if self.first > self.last or not self.last:
+            raise ValueError(f"num_slots={self.num_slots} but the prefix holds {order.ends[self.first - 1] if self.first else 0}")
         self.times = [self.sampling.times(self.sampling.steps(entity, order.num_entities)) for entity in range(order.num_entities)]
         self._modulate()
 
@@ -112,15 +121,18 @@ class Sampler:
         if is_guided:  # the null class, for the second half of the rows
             self.row = torch.cat([self.row, torch.full_like(self.row, len(labels))])
             labels = F.pad(labels, (0, 1), value=NULL)
-        numbers = torch.cat([torch.zeros(1, dtype=torch.int64), *(time_index(times[:-1]) for times in self.times)]).unique()
+        numbers = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *(time_index(times[:-1]) for times in self.times)]).unique()
         indices = numbers.to(labels.device).expand(len(labels), -1)
         self.column = {number: place for place, number in enumerate(numbers.tolist())}
         self.tables = self.model.modulations(indices, labels)  # of each block, [classes, times, 6, D]
         self.cache = self.model.new_cache(len(self.row))
+        self.caption = None
+        if self.model.captions is not None:
+            self.caption = self.model.captions(self.condition.and_null() if is_guided else self.condition, len(self.row))
 
     def run(self, on_step: Callable[[int, Tensor], None] | None) -> VisualTokens:
         order = self.model.order
-        for entity, times in enumerate(self.times):
+        for entity, times in enumerate(self.times[: self.last]):
             draw = partial(self._draw, entity)
             if entity < self.first:
                 if self.generators is not None:  # drawn all the same, so that what follows is as in an unbroken run
@@ -132,10 +144,16 @@ class Sampler:
                 x = euler(velocity, draw(0), times)
             else:
                 x = euler_maruyama(velocity, draw(0), times, lambda step, draw=draw: draw(step + 1))
+            if self.snap is not None and (not order.is_pyramid or entity + 1 == order.num_entities):  # averages of codes are no codes
+                x = self.model.normalise(self.snap(self.model.denormalise(x)))
             self.slots[:, order.entity(entity)] = x
             if on_step is not None:
-                on_step(entity, order.partial(self.slots[:, : order.ends[entity]]))
-        return VisualTokens.from_values(order.unpack(self.slots), order.layout)
+                on_step(entity, self.model.denormalise(self.slots[:, : order.ends[entity]]))
+        values = self.model.denormalise(self.slots)
+        if self.last < order.num_entities:
+            values = values[:, : order.ends[self.last - 1]]
+            return VisualTokens.from_values(values, order.layout)
+        return VisualTokens.from_values(order.unpack(values), order.layout)
 
     def _num_draws(self, times: Tensor) -> int:
         return 1 if self.sampling.solver == "euler" else len(times) - 1
@@ -148,22 +166,24 @@ class Sampler:
 
     def _velocity(self, entity: int, x: Tensor, step: int) -> Tensor:
         """Guided velocity of an entity [B, n, C] at a step; entities that are finished but not in the cache yet enter it on the way."""
-        order, cache, B = self.model.order, self.cache, len(x)
+        order, cache, B, P = self.model.order, self.cache, len(x), self.model.prefix_length
         is_guided = self.scales[entity] > 1
-        known, begin = cache.length, order.entity(entity).start
+        known, begin = max(cache.length - P, 0), order.entity(entity).start
+        fresh, is_first = entity - order.entities_within(known), P > cache.length
         # unconditional rows run where guidance needs their velocity now, or will need their context later
-        both = is_guided or (known < begin and any(scale > 1 for scale in self.scales[entity:]))
+        both = is_guided or ((fresh or is_first) and any(scale > 1 for scale in self.scales[entity : self.last]))
         halves = 2 if both else 1
         slots = torch.cat([self.slots[:, known:begin], x], dim=1).repeat(halves, 1, 1).to(self.model.out.weight.dtype)
         number = int(time_index(self.times[entity][step]))
-        fresh = entity - order.entities_within(known)
-        columns = torch.tensor([self.column[0]] * fresh + [self.column[number]], device=x.device)
+        columns = torch.tensor([self.column[0]] * (fresh + is_first) + [self.column[number]], device=x.device)
         rows = self.row[: halves * B, None]
         view = cache
         if len(rows) < cache.batch_size:
             view = copy.copy(cache)
             view.keep_rows(len(rows))
-        v = self.model.run(slots, [table[rows, columns] for table in self.tables], cache=view)[:, begin - known :].to(x.dtype)
+        prefix = self.caption[: len(rows)] if is_first else None
+        v = self.model.run(slots, [table[rows, columns] for table in self.tables], prefix=prefix, cache=view)
+        v = v[:, begin - known :].to(x.dtype)
         self.num_rows += len(rows)
-        cache.advance(begin - known)
+        cache.advance(begin - known + (P if is_first else 0))
         return classifier_free(v[:B], v[B:], self.scales[entity]) if is_guided else v[:B]

@@ -126,3 +126,33 @@ def test_damaged_shards_are_refused_by_name(tmp_path):
     (tmp_path / "shard_00002.json").write_text('{"captions": [], "names": ["6.png"]}')
     with pytest.raises(ValueError, match="shard_00002.json"):
         TokenFolder(tmp_path)
+
+
+def test_values_of_a_continuous_tokenizer_are_kept_in_half_precision(tmp_path):
+    values = torch.randn(7, 6, 5, generator=torch.Generator().manual_seed(0))
+    tokens = VisualTokens.from_values(values, LAYOUT, torch.tensor([6, 6, 6, 4, 6, 6, 6]))
+    writer = TokenShards(tmp_path, plan(codebook_size=None, code_dim=5, has_flips=True))
+    for shard in writer.missing:
+        rows = writer.plan.rows(shard)
+        texts = {"captions": [""] * len(rows), "names": [str(i) for i in rows], "labels": [0] * len(rows)}
+        part = tokens[slice(rows.start, rows.stop)]
+        writer.write(shard, part, flipped=VisualTokens.from_values(-part.values, LAYOUT, part.counts), **texts)
+    folder = TokenFolder(tmp_path)
+    assert folder.ids is None and folder.codebook_size is None and folder.plan.code_dim == 5
+    found = folder.read([3, 0], flips=torch.tensor([False, True]))
+    assert found.ids is None and found.values.dtype == torch.float32 and found.counts.tolist() == [4, 6]
+    torch.testing.assert_close(found.values, torch.stack([tokens.values[3], -tokens.values[0]]), atol=2e-3, rtol=1e-3)
+    assert json.loads((tmp_path / "index.json").read_text())["format"] == 2
+
+
+def test_values_that_half_precision_cannot_hold_are_not_written(tmp_path):
+    writer = TokenShards(tmp_path, plan(codebook_size=None, code_dim=2))
+    texts = {"labels": [0] * 3, "captions": [""] * 3, "names": ["a", "b", "c"]}
+    with pytest.raises(ValueError, match="finite in half precision"):
+        writer.write(0, VisualTokens.from_values(torch.full((3, 6, 2), 1e6), LAYOUT), **texts)
+    with pytest.raises(ValueError, match="needs values"):
+        writer.write(0, tokens_of(range(3)), **texts)
+    with pytest.raises(ValueError, match=r"\[6, 2\] an image, got \[6, 3\]"):
+        writer.write(0, VisualTokens.from_values(torch.zeros(3, 6, 3), LAYOUT), **texts)
+    with pytest.raises(ValueError, match="ids or values"):
+        plan(codebook_size=None)

@@ -9,8 +9,8 @@ from vistok.commands.common import BadImages, Device, Folder, Model, Threads, lo
 class Tokenize:
     """Turn images into a folder of tokens, so that generators train without pixels.
 
-    OUT holds index.json and shards (safetensors) of ids, labels, captions and names. An interrupted call goes on where it stopped when
-    typed again; several processes or machines can share the work with --rank and --world-size.
+    OUT holds index.json and shards (safetensors) of ids (of a KL-VAE: values), labels, captions and names. An interrupted call goes on
+    where it stopped when typed again; several processes or machines can share the work with --rank and --world-size.
 
         vistok tokenize --model vistok/emoji-flextok --data PHOTOS --out tokens
         vistok train generator --recipe gpt-emoji --tokenizer vistok/emoji-flextok --tokens tokens --out runs/gpt
@@ -69,4 +69,5 @@ class Tokenize:
         if tokens is None:
             print(f"{self.out}: the shards of process {self.rank} of {self.world_size} are written")
         else:
-            print(f"{self.out}: {len(tokens)} images, {tokens.plan.num_tokens} tokens each, {tokens.codebook_size} codes")
+            codes = f"{tokens.codebook_size} codes" if tokens.codebook_size else f"{tokens.plan.code_dim} values each"
+            print(f"{self.out}: {len(tokens)} images, {tokens.plan.num_tokens} tokens each, {codes}")

@@ -1,7 +1,8 @@
 """Images already turned into tokens: a folder of shards that is written piece by piece, resumed, checked, and read as one tensor.
 
     tokens/index.json                  the plan: counts, layout, classes, which tokenizer (its digest)
-    tokens/shard_00000.safetensors     ids [m, N], counts [m], labels [m], caption_ids [m]; with flips also flipped_ids, flipped_counts
+    tokens/shard_00000.safetensors     ids [m, N], counts [m], labels [m], caption_ids [m]; with flips also flipped_ids, flipped_counts;
+                                       of a continuous tokenizer values [m, N, C] and flipped_values in place of ids, in half precision
     tokens/shard_00000.json            captions (each once) and names [m]
 
 Shard s holds images s * shard_size ... A shard is written aside and renamed, its .safetensors last: a shard that exists is complete. File
@@ -25,7 +26,7 @@ from vistok.tokens import TokenLayout, VisualTokens
 MAX_INDEX_BYTES = 4 * 2**20
 MAX_ROW_TEXT_BYTES = 16 * 2**10
 """Names and captions may take this much an image, which bounds what a reader parses."""
-ID_DTYPES = {torch.int32: "I32", torch.int64: "I64"}
+DATA_DTYPES = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,13 @@ class TokenPlan:
     num_images: int
     num_tokens: int
     """N: columns of `ids`; shorter images are padded with -1."""
-    codebook_size: int
+    codebook_size: int | None
+    """K; None: the tokens are continuous."""
     layout: TokenLayout
     tokenizer_digest: str
     """Identifies the tokenizer's configuration and weights."""
+    code_dim: int | None = None
+    """C of continuous tokens; None: the tokens are ids."""
     classes: tuple[str, ...] = ()
     has_flips: bool = False
     """Whether the tokens of every mirrored image are stored too."""
@@ -48,7 +52,10 @@ class TokenPlan:
     """Where the images came from, for people."""
 
     def __post_init__(self):
-        for name in ("num_images", "num_tokens", "codebook_size", "shard_size"):
+        if (self.codebook_size is None) == (self.code_dim is None):
+            given = f"codebook_size={self.codebook_size!r}, code_dim={self.code_dim!r}"
+            raise ValueError(f"tokens are ids or values, so one of these must be None: {given}")
+        for name in ("num_images", "num_tokens", "codebook_size" if self.code_dim is None else "code_dim", "shard_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**40:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
@@ -63,7 +70,15 @@ class TokenPlan:
         return -(-self.num_images // self.shard_size)
 
     @property
-    def id_dtype(self) -> torch.dtype:
+    def data_name(self) -> str:
+        """The column that holds the tokens: "ids" or "values"."""
+        return "ids" if self.code_dim is None else "values"
+
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """Of the ids or values on disk and in memory."""
+        if self.codebook_size is None:
+            return torch.float16
         return torch.int32 if self.codebook_size < 2**31 else torch.int64
 
     def rows(self, shard: int) -> range:
@@ -75,21 +90,27 @@ class TokenPlan:
         m = len(self.rows(shard))
         copies = ("", "flipped_") if self.has_flips else ("",)
         wanted = {"labels": ([m], "I64"), "caption_ids": ([m], "I32")}
+        shape = [m, self.num_tokens] if self.code_dim is None else [m, self.num_tokens, self.code_dim]
         for copy in copies:
-            wanted[f"{copy}ids"] = ([m, self.num_tokens], ID_DTYPES[self.id_dtype])
+            wanted[f"{copy}{self.data_name}"] = (shape, DATA_DTYPES[self.data_dtype])
             wanted[f"{copy}counts"] = ([m], "I64")
         return wanted
 
     def to_dict(self) -> dict:
-        return {"format": 1, **asdict(self)}
+        fields = asdict(self)
+        if self.code_dim is None:  # format 1 knows ids alone
+            fields.pop("code_dim")
+        return {"format": 1 if self.code_dim is None else 2, **fields}
 
     @classmethod
     def from_dict(cls, data: dict) -> "TokenPlan":
         """Raises ValueError: unknown or missing keys, or values out of range."""
         known = {"format", *(field.name for field in fields(cls))}
-        if not isinstance(data, dict) or set(data) != known or data["format"] != 1:
+        if isinstance(data, dict) and data.get("format") == 1:
+            known -= {"code_dim"}
+        if not isinstance(data, dict) or set(data) != known or data["format"] not in (1, 2):
             wrong = sorted(set(data) ^ known) if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"not an index of format 1 (unknown or missing: {wrong})")
+            raise ValueError(f"not an index of format 1 or 2 (unknown or missing: {wrong})")
         try:
             layout = TokenLayout(data["layout"]["kind"], data["layout"]["shape"])
             return cls(**{**{key: data[key] for key in known - {"format"}}, "layout": layout, "classes": tuple(data["classes"])})
@@ -138,7 +159,7 @@ class TokenShards:
     ) -> Path:
         """Write one complete shard and return its path.
 
-        tokens: of the images plan.rows(shard), discrete. flipped: of the same images mirrored, when the plan has flips.
+        tokens: of the images plan.rows(shard), ids or values as the plan says. flipped: of the same images mirrored, if the plan has flips.
         Raises ValueError: something does not fit the plan.
         """
         m = len(self.plan.rows(shard))
@@ -153,13 +174,16 @@ class TokenShards:
         }
         for copy, part in (("", tokens), ("flipped_", flipped)):
             if part is not None:
-                if part.ids is None or part.layout != self.plan.layout or len(part) != m:
-                    raise ValueError(f"shard {shard} needs ids of {m} images in the layout {self.plan.layout}")
-                ids = torch.full((m, self.plan.num_tokens), -1, dtype=self.plan.id_dtype)
-                if part.ids.shape[1] > self.plan.num_tokens:
-                    raise ValueError(f"the plan holds {self.plan.num_tokens} tokens an image, got {part.ids.shape[1]}")
-                ids[:, : part.ids.shape[1]] = part.ids.cpu()
-                tensors |= {f"{copy}ids": ids, f"{copy}counts": part.counts.cpu().clone()}
+                name = self.plan.data_name
+                found = getattr(part, name)
+                if found is None or part.layout != self.plan.layout or len(part) != m:
+                    raise ValueError(f"shard {shard} needs {name} of {m} images in the layout {self.plan.layout}")
+                shape, _ = self.plan.tensors(shard)[f"{copy}{name}"]
+                if found.shape[1] > self.plan.num_tokens or list(found.shape[2:]) != shape[2:]:
+                    raise ValueError(f"the plan holds {name} {shape[1:]} an image, got {list(found.shape[1:])}")
+                data = torch.full(shape, -1 if name == "ids" else 0, dtype=self.plan.data_dtype)
+                data[:, : found.shape[1]] = found.cpu()
+                tensors |= {f"{copy}{name}": data, f"{copy}counts": part.counts.cpu().clone()}
         path = shard_path(self.folder, shard)
         _check_values(tensors, self.plan, f"shard {shard}")
         texts = json.dumps({"captions": list(table), "names": list(names)}, ensure_ascii=False)
@@ -169,10 +193,11 @@ class TokenShards:
 
 
 class TokenFolder:
-    """A complete token folder in memory: 4 bytes a token, N tokens a row.
+    """A complete token folder in memory: 4 bytes a token, N tokens a row; 2 C bytes a token of C values.
 
-    ids: [n, N] int32 (int64 for codebooks beyond 2^31), -1 in the padding. counts: [n] int64. labels: [n] int64, -1 when there is none.
-    flipped_ids, flipped_counts: the same of the mirrored images, or None. captions, names: n texts.
+    ids: [n, N] int32 (int64 for codebooks beyond 2^31), -1 in the padding; None where the tokens are continuous.
+    values: [n, N, C] float16, 0 in the padding, or None. counts: [n] int64. labels: [n] int64, -1 when there is none.
+    flipped_ids, flipped_values, flipped_counts: the same of the mirrored images, or None. captions, names: n texts.
     classes, layout, codebook_size, plan: what index.json says.
     Raises FileNotFoundError: no index, or shards missing. ValueError: a file that does not fit the plan; the message names it.
     """
@@ -197,8 +222,9 @@ class TokenFolder:
             captions, names = _read_texts(file.with_suffix(".json"), part["caption_ids"])
             self.captions += captions
             self.names += names
-        self.ids, self.counts, self.labels = columns["ids"], columns["counts"], columns["labels"]
-        self.flipped_ids, self.flipped_counts = columns.get("flipped_ids"), columns.get("flipped_counts")
+        self.counts, self.labels, self.flipped_counts = columns["counts"], columns["labels"], columns.get("flipped_counts")
+        self.ids, self.flipped_ids = columns.get("ids"), columns.get("flipped_ids")
+        self.values, self.flipped_values = columns.get("values"), columns.get("flipped_values")
 
     def __len__(self) -> int:
         return self.plan.num_images
@@ -217,12 +243,19 @@ class TokenFolder:
         indices: [B]. flips: [B] bool, take the mirrored image's tokens there; needs a folder with flips.
         """
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        ids, counts = self.ids[indices].long(), self.counts[indices]
+        if flips is not None and not self.plan.has_flips:
+            raise ValueError(f"{self.folder} holds no mirrored images; tokenize with flips")
+        counts = self.counts[indices]
         if flips is not None:
-            if self.flipped_ids is None:
-                raise ValueError(f"{self.folder} holds no mirrored images; tokenize with flips")
-            ids = torch.where(flips[:, None], self.flipped_ids[indices].long(), ids)
             counts = torch.where(flips, self.flipped_counts[indices], counts)
+        if self.ids is None:
+            values = self.values[indices].float()
+            if flips is not None:
+                values = torch.where(flips[:, None, None], self.flipped_values[indices].float(), values)
+            return VisualTokens(None, values, counts, self.layout)
+        ids = self.ids[indices].long()
+        if flips is not None:
+            ids = torch.where(flips[:, None], self.flipped_ids[indices].long(), ids)
         return VisualTokens(ids, None, counts, self.layout)
 
 
@@ -281,16 +314,21 @@ def _check_values(tensors: dict[str, Tensor], plan: TokenPlan, where: str) -> No
     if int(labels.min()) < -1 or (plan.classes and int(labels.max()) >= len(plan.classes)):
         raise ValueError(f"{where}: a label lies outside the {len(plan.classes)} classes")
     for copy in ("", "flipped_") if plan.has_flips else ("",):
-        ids, counts = tensors[f"{copy}ids"], tensors[f"{copy}counts"]
+        data, counts = tensors[f"{copy}{plan.data_name}"], tensors[f"{copy}counts"]
         if int(counts.min()) < 1 or int(counts.max()) > plan.num_tokens:
             raise ValueError(f"{where}: {copy}counts must lie in [1, {plan.num_tokens}]")
         valid = torch.arange(plan.num_tokens) < counts[:, None]
+        if plan.codebook_size is None:
+            if not bool(data.isfinite().all()) or bool((data[~valid] != 0).any()):
+                raise ValueError(f"{where}: {copy}values must be finite in half precision, and be 0 in the padding")
+            continue
+        ids = data
         if bool(((ids < 0) & valid).any()) or int(ids.max()) >= plan.codebook_size or bool(((ids != -1) & ~valid).any()):
             raise ValueError(f"{where}: {copy}ids must lie in [0, {plan.codebook_size}), and be -1 in the padding")
 
 
 def _dtype(code: str) -> torch.dtype:
-    return {"I32": torch.int32, "I64": torch.int64}[code]
+    return next(dtype for dtype, name in DATA_DTYPES.items() if name == code)
 
 
 def _write_aside(path: Path, write) -> None:

@@ -35,16 +35,16 @@ def tokenize_dataset(
 
     num_tokens: per image, all by default. flips: store the mirrored images' tokens too. rank, world_size: this process writes every
     world_size-th shard; the folder is opened (not None) once all shards are there.
-    Raises ValueError: a continuous tokenizer, an empty data set, or a folder begun by another tokenizer.
+    A continuous tokenizer's values are stored in half precision; a VAE's are the means of its posteriors.
+    Raises ValueError: an empty data set, or a folder begun by another tokenizer.
     """
-    if tokenizer.codebook_size is None:
-        raise ValueError(f"{type(tokenizer).__name__} makes continuous tokens; token folders hold ids")
     if not len(dataset):
         raise ValueError("there are no images to tokenize")
     plan = TokenPlan(
         num_images=len(dataset),
         num_tokens=num_tokens or tokenizer.max_tokens,
         codebook_size=tokenizer.codebook_size,
+        code_dim=tokenizer.code_dim if tokenizer.codebook_size is None else None,
         layout=tokenizer.layout,
         tokenizer_digest=tokenizer_digest(tokenizer),
         classes=tuple(dataset.classes),

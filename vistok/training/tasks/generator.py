@@ -66,18 +66,20 @@ class GeneratorTaskConfig:
 class TokenBatch:
     """Tokens of B training images and what belongs to them.
 
-    ids: [B, N] int64, -1 in the padding. labels: [B] int64, -1 for none. captions: B texts. indices: [B] which image of the folder.
+    ids: [B, N] int64, -1 in the padding; None of continuous tokens, which are values [B, N, C]. labels: [B] int64, -1 for none.
+    captions: B texts. indices: [B] which image of the folder.
     positions: [B] int64, counted over all processes since the start.
     """
 
-    ids: Tensor
+    ids: Tensor | None
     labels: Tensor
     captions: list[str]
     indices: Tensor
     positions: Tensor
+    values: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.labels)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """A copy with its tensors on `device`."""
@@ -106,7 +108,7 @@ class TokenLoader:
     ):
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(f"batch_size={batch_size} must be a positive multiple of the {world_size} processes")
-        if flip and tokens.flipped_ids is None:
+        if flip and not tokens.plan.has_flips:
             raise ValueError("flip=True but the token folder holds no mirrored images; tokenize with flips, or train without")
         self.tokens, self.batch_size, self.seed, self.start, self.flip = tokens, batch_size, seed, start, flip
         self.rank, self.world_size = rank, world_size
@@ -125,8 +127,10 @@ class TokenLoader:
 def read_batch(tokens: TokenFolder, rows: Sequence[int], *, flips: Tensor | None = None, positions: Tensor | None = None) -> TokenBatch:
     """The images `rows` of a token folder as a batch; positions default to the rows."""
     indices = torch.tensor(rows, dtype=torch.int64)
+    found = tokens.read(indices, flips=flips)
     return TokenBatch(
-        ids=tokens.read(indices, flips=flips).ids,
+        ids=found.ids,
+        values=found.values,
         labels=tokens.labels[indices],
         captions=[tokens.captions[i] for i in rows],
         indices=indices,
@@ -161,19 +165,24 @@ class GeneratorTask(TrainingTask):
     def on_start(self, dataset: TokenFolder) -> None:
         """Check that the tokens fit the model; encode every caption once where a text model reads them."""
         self.dataset = dataset
-        model, config = self.model, self.model.settings
+        config = self.model.settings
         for tokens in filter(None, (dataset, self.held_out)):
-            if tokens.codebook_size != model.vocab_size or tokens.layout != model.layout:
-                raise ValueError(
-                    f"the tokens have {tokens.codebook_size} codes and the layout {tokens.layout}, "
-                    f"the generator was built for {model.vocab_size} and {model.layout}"
-                )
+            self.check_tokens(tokens)
             highest = int(tokens.labels.max())
             if config.num_classes and highest >= config.num_classes:
                 raise ValueError(f"a label is {highest} but the generator has num_classes={config.num_classes}")
         if config.text not in ("none", "hash"):
             texts = [*dataset.captions, *(self.held_out.captions if self.held_out else ())]
             self._encode_captions(sorted(set(texts)))
+
+    def check_tokens(self, tokens: TokenFolder) -> None:
+        """Raises ValueError: the tokens are not those the model was built for."""
+        model = self.model
+        if tokens.codebook_size != model.vocab_size or tokens.layout != model.layout:
+            raise ValueError(
+                f"the tokens have {tokens.codebook_size} codes and the layout {tokens.layout}, "
+                f"the generator was built for {model.vocab_size} and {model.layout}"
+            )
 
     def _encode_captions(self, captions: list[str], batch_size: int = 64) -> None:
         config = self.model.settings
@@ -186,7 +195,7 @@ class GeneratorTask(TrainingTask):
 
     def make_loader(self, config: TrainConfig, start: int, rank: int, world_size: int) -> TokenLoader:
         """Endless batches of tokens; `config.flip` takes mirrored images for half of the samples, where the folder holds any."""
-        flip, size = config.flip and self.dataset.flipped_ids is not None, config.micro_batch_size
+        flip, size = config.flip and self.dataset.plan.has_flips, config.micro_batch_size
         if config.flip and not flip:
             logger.warning("the token folder holds no mirrored images (tokenize with flips to have them): training without flips")
         return TokenLoader(self.dataset, batch_size=size, seed=config.seed, start=start, flip=flip, rank=rank, world_size=world_size)
@@ -205,7 +214,9 @@ class GeneratorTask(TrainingTask):
         )
 
     @torch.compiler.disable
-    def corrupt(self, batch: TokenBatch, generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition, Tensor | None]:
+    def corrupt(
+        self, batch: TokenBatch, generators: Sequence[torch.Generator], step: int | Tensor
+    ) -> tuple[Tensor, Condition, Tensor | None]:
         """What the model gets in training: input ids [B, N-1], a thinned condition, and dropout factors [L, 2, B, 1, D]."""
         config, model = self.config, self.model
         device = model.device
@@ -225,7 +236,7 @@ class GeneratorTask(TrainingTask):
 
     def forward(self, batch: TokenBatch, generators: Sequence[torch.Generator], step: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Next-token cross-entropy; logs it without smoothing, and the share of tokens whose best guess is right."""
-        inputs, condition, keep = self.corrupt(batch, generators)
+        inputs, condition, keep = self.corrupt(batch, generators, step)
         logits = self.model(inputs, condition, keep=keep)
         loss, plain, accuracy = token_loss(logits, batch.ids[:, : self.model.max_tokens], label_smoothing=self.config.label_smoothing)
         return loss, {"cross_entropy": plain.detach(), "accuracy": accuracy}

@@ -308,7 +308,7 @@ def test_what_is_dropped_depends_on_the_sample_alone(folder):
     together, alone = loss([0, 3, 5]), torch.stack([loss([i]) for i in (0, 3, 5)]).mean()
     assert torch.allclose(together, alone, atol=1e-5)
     assert torch.equal(loss([0, 3, 5]), together)
-    inputs, condition, keep = task.corrupt(read_batch(folder, range(8)), rng.image_generators(0, 8))
+    inputs, condition, keep = task.corrupt(read_batch(folder, range(8)), rng.image_generators(0, 8), 0)
     assert 0 < (inputs != folder.read(range(8)).ids[:, :11].clamp(min=0)).float().mean() < 0.5
     assert keep.shape == (2, 2, 8, 1, 64) and (condition.labels == -1).any() and (condition.labels >= 0).any()
 

@@ -9,7 +9,13 @@ from vistok.training.recipes import RECIPES, train_generator, train_tokenizer
 
 QUICK = {"max_steps": 2, "save_every": 2, "preview_every": 2, "progress": False}
 ALONE = [name for name, recipe in RECIPES.items() if name.endswith("-tiny") and recipe().kind == "tokenizer"]
-TOKENIZER_OF = {"gpt-tiny": "fsq2d-tiny", "var-tiny": "var-vqvae-tiny", "maskgit-tiny": "titok-tiny", "rar-tiny": "titok-tiny"}
+TOKENIZER_OF = {
+    "gpt-tiny": "fsq2d-tiny",
+    "gpt-mixed-tiny": "fsq2d-tiny",
+    "var-tiny": "var-vqvae-tiny",
+    "maskgit-tiny": "titok-tiny",
+    "rar-tiny": "titok-tiny",
+}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ B images, N tokens, T tokens given, P prefix tokens, D width, h heads, d = D / h
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -67,6 +68,8 @@ class GPTConfig:
     condition_attention: Literal["learned", "uniform"] = "learned"
     """On a grid: "learned" leaves condition tokens unrotated; "uniform" zeroes their queries and keys, as LlamaGen's weights expect."""
     rope_base: float = 10000.0
+    has_query: bool = False
+    """A learned query stands where a token is not shown: random and next-all prediction (`objectives.py`)."""
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-5
     """Epsilon of the norms."""
@@ -144,6 +147,7 @@ class GPT(VisualModel):
         )
         self.embedding = nn.Embedding(config.codebook_size, config.width)
         self.positions = nn.Parameter(torch.empty(self.max_tokens, config.width)) if config.layout_kind == "sequence" else None
+        self.query = nn.Parameter(torch.empty(config.width)) if config.has_query else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
@@ -164,8 +168,9 @@ class GPT(VisualModel):
         for block in self.blocks:  # the residual stream keeps its scale at any depth
             for out in (block.attention.proj, block.mlp.out):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
-        if self.positions is not None:
-            nn.init.normal_(self.positions, std=0.02)
+        for table in (self.positions, self.query):
+            if table is not None:
+                nn.init.normal_(table, std=0.02)
 
     @property
     def prefix_length(self) -> int:
@@ -281,6 +286,33 @@ def _llamagen(width: int, depth: int, num_heads: int, **overrides) -> GPT:
 def gpt_b(**overrides) -> GPT:
     """LlamaGen-B: 768 wide, 12 layers, 12 heads; 111 M parameters."""
     return _llamagen(768, 12, 12, **overrides)
+    def predict(self, ids: Tensor, condition: Condition, *, sees: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Logits of tokens at their own places, from any of the others: [B, N, K], row n predicts token n where a query stands.
+
+        ids: [B, N] int64, all tokens, -1 where a query stands. sees: [B, N, N] bool, row n may look at token m; all see the condition.
+        keep: as in `forward`. Raises ValueError: ids are not all tokens, or the model was built without a query.
+        """
+        B, N = ids.shape
+        if self.query is None:
+            raise ValueError("this generator has no query: build it with has_query=True")
+        if N != self.max_tokens:
+            raise ValueError(f"{N} tokens are given, but a prediction at their own places takes all {self.max_tokens}")
+        x = torch.where(ids[..., None] < 0, self.query, self.embedding(ids.clamp(min=0)))
+        if self.positions is not None:
+            x = x + self.positions
+        x = torch.cat([self.prefix(condition, B).to(x.dtype), x], dim=1)
+        P = self.prefix_length
+        mask = torch.ones(P + N, P + N, dtype=torch.bool, device=x.device).tril().repeat(B, 1, 1)
+        mask[:, P:, P:] = sees
+        visible = self.prefix.visible(condition)
+        if visible is not None:
+            mask[:, :, :P] &= visible[:, None]
+            mask |= torch.eye(P + N, dtype=torch.bool, device=x.device)
+        turn = None if self.rotations is None else partial(rotate, table=self.rotations)
+        for i, block in enumerate(self.blocks):
+            x = block(x, keep=None if keep is None else keep[i], mask=mask[:, None], rotate=turn)
+        return self.head(self.norm(x[:, P:]))
+
 
 
 @register

@@ -315,7 +315,9 @@ def _flextok(shape: str | dict, default_vae: str | None = None, **task):
     return build
 
 
-def _gpt(shape: dict, **task):
+def _gpt(shape: dict, make_task: Callable[..., TrainingTask] | None = None, **task):
+    """make_task: called with the model and the parts of a GeneratorTask; None: a plain one, configured by `task`."""
+
     def build(sources: Sources) -> TrainingTask:
         import vistok
         from vistok.generators import GPT, GPTConfig
@@ -335,12 +337,13 @@ def _gpt(shape: dict, **task):
         )
         tokenizer = vistok.load(sources.tokenizer)
         reference = sources.tokenizer if is_bundled(sources.tokenizer) else None
-        return GeneratorTask(
-            GPT(config), GeneratorTaskConfig(**task), tokenizer=tokenizer, tokenizer_reference=reference, held_out=sources.held_out
-        )
+        parts = dict(tokenizer=tokenizer, tokenizer_reference=reference, held_out=sources.held_out)
+        if make_task is not None:
+            return make_task(GPT(config), **parts)
+        return GeneratorTask(GPT(config), GeneratorTaskConfig(**task), **parts)
 
     return build
 
 
 # each file registers its recipes; they use what is above, so they come last
-from vistok.training.recipes import lavit, orders, seed, titok, tokenflow, var, vqgan  # noqa: E402, F401
+from vistok.training.recipes import gpt, lavit, orders, seed, titok, tokenflow, var, vqgan  # noqa: E402, F401

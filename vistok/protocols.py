@@ -3,14 +3,21 @@
 Shapes: B images, N tokens, H W pixels, T sequence, K codebook size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vistok.tokens import TokenLayout, VisualTokens
+
+if TYPE_CHECKING:
+    from vistok.decoding.accept.rounds import Position, Trial
+    from vistok.decoding.draft import Draft
+    from vistok.decoding.state import DecodingState, TargetPass
+    from vistok.decoding.walk import Verdict
+    from vistok.layers.placement import PlacedCache, Placement
 
 
 @dataclass(frozen=True)
@@ -58,3 +65,51 @@ class Generator(Protocol):
 
     def forward(self, ids: Tensor, condition, *, cache=None) -> Tensor:
         """Logits [B, T, vocab_size] that predict the token after each position."""
+
+
+@runtime_checkable
+class NextTokenGenerator(Generator, Protocol):
+    """A generator whose tokens can be drafted: one after another, and readable at places of their own."""
+
+    head: torch.nn.Module
+    embedding: torch.nn.Module
+
+    def features(self, ids: Tensor, condition=None, *, cache=None) -> Tensor:
+        """What `head` makes logits of: as `forward`, [B, T + 1, D], or [B, T, D] behind a filled cache."""
+
+    def extend(self, ids: Tensor, placement: "Placement", cache: "PlacedCache", *, layers: Sequence[int] | None = None) -> Tensor:
+        """Features [B, M, D] of inputs ids [B, M] that stand where the placement says, behind the prefix in the cache."""
+
+
+class Drafter(Protocol):
+    """Proposes the tokens that a target verifies. It may keep what it likes from step to step; what it proposes may depend on everything
+    but the uniforms that verify it, and `q` must be the law it drew from."""
+
+    name: str
+    num_nodes: int
+    """The most draft tokens of a step."""
+
+    def start(self, state: "DecodingState") -> None:
+        """A new batch: the target has read the condition, and each image has its first token."""
+
+    def propose(self, state: "DecodingState", budget: int) -> "Draft":
+        """At most `budget` draft tokens behind the root; as many in every step, so that shapes stay."""
+
+    def observe(self, state: "DecodingState", verdict: "Verdict", target: "TargetPass") -> None:
+        """What became of the draft; the state has moved on already."""
+
+
+class AcceptRule(Protocol):
+    """Decides which draft tokens stay. Pure: the only place where exactness lives."""
+
+    exact: bool
+    """Whether the emitted law is the target's, whatever the draft."""
+    bound: float | None
+    """At most so much total variation a position; None: nothing bounds it."""
+    needs_hidden: bool
+
+    def __call__(self, at: "Position") -> "Iterator[Trial]":
+        """The candidates of a position one by one, each with its chance; the last trial is the law of the token if none is taken."""
+
+    def law(self, at: "Position") -> Tensor | None:
+        """The law that the position emits, where the rule verifies exactly against one; else None."""

@@ -26,6 +26,7 @@ from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import MLP
 from vistok.layers.norms import modulate, plain_layer_norm
+from vistok.layers.placement import PlacedCache, Placement
 from vistok.modeling import VisualModel
 from vistok.registry import register
 from vistok.tokens import TokenLayout
@@ -169,6 +170,12 @@ class RAR(VisualModel):
         Without a cache, or with an empty one, the prefix comes first: returns [B, T + 1, K], row j predicts the token of step j (row N
         predicts nothing). With a filled cache ids continue what it holds: returns [B, T, K]; the cache grows by T.
         """
+        return self.head(self.features(ids, condition, cache=cache, orders=orders))
+
+    def features(
+        self, ids: Tensor, condition: Condition | None = None, *, cache: "RARCache | None" = None, orders: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads: as `forward`, but [B, T + 1, D], or [B, T, D] behind a filled cache."""
         (B, T), N = ids.shape, self.max_tokens
         if orders is not None and cache is not None:
             raise ValueError("a cache is for the raster order; give orders without one")
@@ -197,7 +204,7 @@ class RAR(VisualModel):
         return torch.where(labels < 0, self.settings.num_classes, labels) + self.vocab_size + 1
 
     def _run(self, x: Tensor, c: Tensor, classes: Tensor, cache: "RARCache | None") -> Tensor:
-        """The blocks and the head on x [B, T, D], which sits behind the cache's content."""
+        """The blocks on x [B, T, D], which sits behind the cache's content; what the head reads."""
         filled, T = (0 if cache is None else cache.length), x.shape[1]
         mask = None
         if cache is not None:
@@ -211,8 +218,24 @@ class RAR(VisualModel):
             cache.advance(T)
         if not filled:
             x, c = x[:, 1:], c[:, 1:]
+        return self._modulated(x, c)
+
+    def _modulated(self, x: Tensor, c: Tensor) -> Tensor:
         scale, shift = self.head_modulation(c).chunk(2, dim=-1)
-        return self.head(modulate(plain_layer_norm(x, NORM_EPS), shift, scale))
+        return modulate(plain_layer_norm(x, NORM_EPS), shift, scale)
+
+    def extend(self, ids: Tensor, placement: Placement, cache: PlacedCache, *, layers: Sequence[int] | None = None) -> Tensor:
+        """Features [B, M, D] of inputs ids [B, M] that stand where the placement says, in raster order, behind the cache's prefix.
+
+        Positions beyond the image count as its last; what is predicted there means nothing. layers: blocks that are run, all by default.
+        """
+        positions = placement.positions.clamp(max=self.max_tokens - 1)
+        asks = torch.where((positions < self.max_tokens - 1)[..., None], self.targets[PREFIX + positions + 1], 0)
+        x = self.embedding(ids) + self.positions[PREFIX + positions] + asks
+        c = F.silu(cache.prefix.classes + self.steps[PREFIX + positions])
+        for i in range(len(self.blocks)) if layers is None else layers:
+            x = self.blocks[i](x, c, mask=placement.mask, cache=cache.layer(i, placement))
+        return self._modulated(x, c)
 
 
 class RARCache(KVCache):

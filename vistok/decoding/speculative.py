@@ -1,0 +1,172 @@
+"""Speculative decoding: a drafter proposes tokens, one pass of the target judges them all, a rule decides which stay.
+
+    draft    tokens in a chain or a tree behind the last decided token, the root
+    pass     features of the root and all draft tokens in one pass of the target; rows stand at places of their own
+    walk     p = softmax(warp(guide(logits))) at visited nodes only; down the tree to the child that the rule accepts
+    commit   the accepted path and one more token; the cache keeps the path's slots and forgets the others
+
+Leviathan et al. 2023, arXiv 2211.17192; trees: SpecInfer, 2305.09781. Rows of a batch never wait for each other, and conditional and
+unconditional rows share every decision. Numbers are used in this order: first the plain loop's uniforms, one a position, which draw every
+token that is no accepted draft; then, step by step and for every row alike, the drafter's own and one for each draft token.
+
+B images, R rows (2B under guidance), N tokens, M draft tokens, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vistok import rng
+from vistok.decoding.draft import Draft
+from vistok.decoding.generate import guidance_schedule
+from vistok.decoding.sampling import SamplingConfig, sample
+from vistok.decoding.state import DecodingState, TargetPass
+from vistok.decoding.stats import SpeculationStats, Tally
+from vistok.decoding.uniforms import GivenUniforms, Uniforms
+from vistok.decoding.walk import Verdict, walk
+from vistok.layers.placement import PlacedCache
+from vistok.tokens import VisualTokens
+
+
+def check_target(model) -> None:
+    """Raises ValueError: the generator does not predict one next token at a time, so there is nothing to draft."""
+    if not hasattr(model, "extend"):
+        raise ValueError(
+            f"{type(model).__name__} does not predict one next token after another, so tokens cannot be drafted for it; "
+            "leave the drafter out (it makes many tokens a pass already)"
+        )
+    if model.training:
+        raise ValueError("the generator is in training mode; call .eval() first")
+
+
+@torch.no_grad()
+def speculate(
+    model,
+    condition,
+    *,
+    drafter,
+    rule,
+    generators: Sequence[torch.Generator] | None = None,
+    uniforms: Tensor | None = None,
+    num_tokens: int | None = None,
+    num_draft_tokens: int | None = None,
+    sampling: SamplingConfig | None = None,
+    guidance_scale: float | Callable[[int], float] = 1.0,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> tuple[VisualTokens, SpeculationStats]:
+    """Tokens of B images, one image a generator, or a row of uniforms; arguments as for `generate`.
+
+    drafter, rule: see `vistok.protocols`; `make_drafter` and `make_rule` build them by name. With an exact rule the tokens have the law of
+    `generate`; where the drafter's tokens are not drawn, or temperature is 0, they are the very tokens of `generate` with those generators,
+    up to rounding. num_draft_tokens: M, all that the drafter makes by default.
+    uniforms: [B, n] on [0, 1), instead of generators, used in the order the head of this file says; n is at least N and enough.
+    Every generator is advanced by `model.max_tokens` uniforms and one integer. Image i depends on its own generator alone.
+    Raises ValueError: the generator is no next-token model or in training mode, a number is out of range, or not exactly one of generators
+    and uniforms is given.
+    """
+    check_target(model)
+    if (generators is None) == (uniforms is None):
+        raise ValueError("give generators or uniforms, one of both")
+    B, N = len(uniforms if generators is None else generators), model.max_tokens if num_tokens is None else num_tokens
+    if isinstance(N, bool) or not isinstance(N, int) or not 1 <= N <= model.max_tokens:
+        raise ValueError(f"num_tokens={num_tokens!r} but this generator makes 1 to {model.max_tokens} tokens")
+    M = drafter.num_nodes if num_draft_tokens is None else num_draft_tokens
+    if not 0 <= M <= drafter.num_nodes:
+        raise ValueError(f"num_draft_tokens={M} but this drafter makes 0 to {drafter.num_nodes}")
+
+    began = time.perf_counter()
+    if generators is not None:
+        of_position = rng.rand((model.max_tokens,), generators, device=model.device, dtype=torch.float64)
+        stream = Uniforms.from_generators(generators, model.device)
+    elif uniforms.shape[1] < N:
+        raise ValueError(f"uniforms hold {uniforms.shape[1]} draws an image, but {N} tokens are asked for")
+    else:
+        of_position, stream = uniforms[:, :N].to(model.device), GivenUniforms(uniforms[:, N:].to(model.device))
+    of_position = torch.cat([of_position[:, :N], of_position.new_zeros(B, M + 1)], dim=1)  # what overshoots is drawn and thrown away
+    state = _prefill(model, condition, of_position, stream, num_tokens=N, margin=M + 1, sampling=sampling or SamplingConfig(),
+                     guidance_scale=guidance_scale)  # fmt: skip
+    tally = Tally(B, drafter.num_nodes, device=model.device)
+    drafter.start(state)
+    reported = _report(on_step, state, 0)
+    while state.span[0] < N:
+        drafting = time.perf_counter()
+        draft = drafter.propose(state, M)
+        tally.drafter_seconds += time.perf_counter() - drafting
+        verdict, target = verify(state, draft, rule, of_position)
+        tally.add(draft, verdict)
+        drafting = time.perf_counter()
+        drafter.observe(state, verdict, target)
+        tally.drafter_seconds += time.perf_counter() - drafting
+        reported = _report(on_step, state, reported)
+    ids = state.ids[:, :N].clone()
+    stats = tally.stats(num_tokens=B * N, seconds=time.perf_counter() - began, drafter=drafter, rule=rule)
+    return VisualTokens.from_ids(ids, model.layout), stats
+
+
+def _prefill(
+    model, condition, of_position: Tensor, stream, *, num_tokens: int, margin: int, sampling: SamplingConfig, guidance_scale
+) -> DecodingState:
+    """Run the prefix and decide the first token as the plain loop does."""
+    B, N = len(of_position), num_tokens
+    if not callable(guidance_scale):
+        guidance_scale = guidance_schedule(model, guidance_scale)
+    scales = [float(guidance_scale(step)) for step in range(N)]
+    rows = 2 * B if any(scale != 1 for scale in scales) else B
+    condition = condition.and_null() if rows > B else condition
+    cache = model.new_cache(rows, N + margin)
+    ids = torch.zeros(B, N + margin, dtype=torch.int64, device=model.device)
+    features = model.features(ids.new_empty(rows, 0), condition, cache=cache)
+    state = DecodingState(
+        model=model, condition=condition, sampling=sampling, scales=torch.tensor(scales, device=ids.device), num_images=B, num_rows=rows,
+        num_tokens=N, stream=stream, ids=ids, counts=ids.new_ones(B), span=(1, 1), cache=PlacedCache(cache), features=features[:, -1],
+    )  # fmt: skip
+    first = state.law(model.head(features[:, -1:]), ids[:, :1])[:, 0]
+    ids[:, 0] = sample(first, of_position[:, 0])
+    return state
+
+
+def verify(state: DecodingState, draft: Draft, rule, of_position: Tensor) -> tuple[Verdict, TargetPass]:
+    """One step: the target's pass over a draft, the walk, and the commit. of_position: [B, N + margin] uniforms of the positions."""
+    shape, B = draft.shape, state.num_images
+    ids = torch.cat([state.root[:, None], draft.ids.clamp(min=0)], dim=1)
+    prefix = state.cache.prefix_length
+    placement = state.cache.behind(
+        state.rows(shape.depths) if len(shape.depths) > 1 else shape.depths,
+        state.rows(shape.ancestors) if len(shape.ancestors) > 1 else shape.ancestors,
+        span=(prefix + state.span[0] - 1, prefix + state.span[1] - 1),
+    )
+    target = TargetPass(state, draft, ids, state.model.extend(state.rows(ids), placement, state.cache))
+    steps = torch.arange(shape.depth + 1, device=ids.device)
+    verdict = walk(
+        draft,
+        lambda node, depth: target.law(node[:, None])[:, 0],
+        rule,
+        state.uniforms(shape.num_tokens),
+        of_position.gather(1, state.counts[:, None] + steps),
+        active=state.active,
+        room=state.num_tokens - state.counts,
+        hidden=target.features[:B] if rule.needs_hidden else None,
+    )
+    path, accepted = verdict.path.clamp(min=0), verdict.emitted - 1
+    state.cache.keep(state.rows(path), state.rows(accepted), is_chain=shape.is_chain)
+    # the accepted tokens, then the one after them; what stands behind that is overwritten before it is read
+    new = torch.where(steps < verdict.accepted[:, None], ids.gather(1, path.roll(-1, 1)), verdict.token[:, None])
+    where = state.counts[:, None] + steps
+    keeps = steps < verdict.emitted[:, None]
+    state.ids.scatter_(1, where, torch.where(keeps, new, state.ids.gather(1, where)))
+    last = path.gather(1, accepted.clamp(min=0)[:, None])  # the node that decided the new root
+    rows = torch.arange(state.num_rows, device=ids.device)
+    state.features = target.features[rows, state.rows(last)[:, 0]]
+    state.counts = state.counts + verdict.emitted
+    state.span = tuple(torch.stack(state.counts.aminmax()).tolist())  # the step's one wait for the device
+    return verdict, target
+
+
+def _report(on_step, state: DecodingState, reported: int) -> int:
+    """Tell the callback of every position that all images have passed."""
+    if on_step is not None:
+        for step in range(reported, state.span[0]):
+            on_step(step, state.ids[:, : step + 1])
+    return state.span[0]

@@ -1,7 +1,7 @@
 """Verification: descend the tree of a draft, at each node to the child that the rule accepts, in all rows at once.
 
 Candidates that were not drawn need no rejection to be verified exactly: draw y ~ p by the position's own uniform and take the candidate
-that is y. That accepts with p(candidates), as recursive rejection does, and emits the tokens that the plain loop draws from the same uniforms.
+that is y. That accepts with p(candidates), as recursive rejection does, and emits the very tokens that the plain loop would draw.
 
 B images, M draft tokens, D depth, C children, V vocabulary.
 """

@@ -5,8 +5,10 @@ import torch
 
 import vistok
 from vistok import rng
+from vistok.generators import OrderConfig
 from vistok.generators.objectives import (
     ObjectiveWeights,
+    flow_errors,
     mean_error,
     mixed_loss,
     next_all_prediction,
@@ -140,6 +142,59 @@ def test_a_model_without_a_query_says_so(batch):
     with pytest.raises(ValueError, match="next_all and random"):
         MixedTask(model)
     MixedTask(model, MixedTaskConfig(weights=ObjectiveWeights(random=0, next=1, next_all=0)))
+
+
+# continuous tokens, in any order
+
+
+def flow(kind, **order):
+    """An XAR, clean slots and noise [3, S, 4], times [3, E] and the function of `flow_errors`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = vistok.create("xar-tiny", order=OrderConfig(kind=kind, layout_shape=(4, 4), **order))
+    g = torch.Generator().manual_seed(1)
+    slots, noise = torch.randn(2, 3, model.order.num_slots, 4, generator=g)
+    times = torch.rand(3, model.order.num_entities, generator=g)
+    condition = model.make_condition(3, labels=[0, 1, 2])
+    velocity = lambda noisy, times, sees: model.predict(noisy, condition, times=times, sees=sees)  # noqa: E731
+    return model, condition, slots, noise, times, velocity
+
+
+@pytest.mark.parametrize("kind, order", [("cell", {"size": 2}), ("token", {}), ("scale", {"scales": ((1, 1), (2, 2), (4, 4))})])
+def test_next_prediction_of_values_is_noisy_context_learning(kind, order):
+    model, condition, slots, noise, times, velocity = flow(kind, **order)
+    entities = model.order.entities
+    made = next_prediction(torch.full((3,), len(entities)), entities)
+    errors = flow_errors(velocity, slots, made, noise=noise, times=times, entities=entities)
+    expected = model.denoising_loss(slots, condition, noise=noise, times=times)
+    assert torch.allclose(mean_error(errors, made.asked), expected.mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["random", "next_all"])
+def test_values_that_are_asked_for_are_hidden_in_noise_and_shown_ones_are_clean(name):
+    model, condition, slots, noise, times, velocity = flow("cell", size=2)
+    entities, counts = model.order.entities, torch.full((3,), model.order.num_slots)
+    if name == "random":
+        made = random_prediction(torch.rand(3, 4, generator=torch.Generator().manual_seed(0)), counts, share=0.5, entities=entities)
+    else:
+        made = next_all_prediction(torch.full((3,), 0.5), counts, entities=entities)
+    seen = []
+    errors = flow_errors(
+        lambda *given: seen.append(given) or velocity(*given), slots, made, noise=noise, times=torch.ones_like(times), entities=entities
+    )
+    noisy, at, _ = seen[0]
+    assert torch.equal(noisy, torch.where(made.asked[..., None], noise, slots))
+    assert torch.equal(at[:, entities] == 1, made.asked)
+    loss = mean_error(errors, made.asked)
+    loss.backward()
+    assert loss.isfinite() and model.out.weight.grad.abs().sum() > 0
+    # at t = 1 the clean value of an asked slot is in its own target alone
+    slot = int(made.asked[0].nonzero()[0, 0])
+    other = slots.clone()
+    other[0, slot] += 1
+    again = flow_errors(velocity, other, made, noise=noise, times=torch.ones_like(times), entities=entities)
+    moved = (again != errors)[0]
+    assert moved[slot] and moved.sum() == 1
 
 
 # the task

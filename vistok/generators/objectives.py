@@ -6,15 +6,17 @@ Chen et al. 2024, "TokenUnify: Scalable Autoregressive Visual Pre-training with 
     next       L_n = mean over n of          error(x_n | x_0 ... x_n-1)
     next-all   L_a = mean over m >= n of     error(x_m | x_0 ... x_n-1)                n: drawn from 1 to E - 1
     loss       w_r L_r + w_n L_n + w_a L_a                                             each mean is over an image's own tokens first
+    error      -log p(x) of ids; |velocity - (noise - x)|^2 of values                  (`flow_errors`)
 
 What is not shown leaves a query in its place, which knows the place alone. In "random" every slot sees every slot. In "next-all" shown
 slots see what "next" lets them see, so that keys and values of a prefix serve both, and a query sees the prefix and its own entity.
-The functions here know no network: they make tables that a network reads (`GPT.predict`, `XAR.velocity`), and average what it answers.
+The functions here know no network: they make tables that a network reads (`GPT.predict`, `XAR.predict`), and average what it answers.
 The released code does this to blocks of pixels with an unspecified order of tasks; here it is any order of any tokens, mixed every step.
 
 B images, N slots (tokens in the sequence of an order), E entities, as in `order.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -101,6 +103,27 @@ def next_all_prediction(uniforms: Tensor, counts: Tensor, *, entities: Tensor | 
     own = entities[:, None] == entities
     sees = (up_to_own & shown[:, None]) | (own & present[:, None])
     return Prediction(shown, _with_itself(sees), asked)
+
+
+def flow_errors(
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+    slots: Tensor,
+    prediction: Prediction,
+    *,
+    noise: Tensor,
+    times: Tensor,
+    entities: Tensor,
+) -> Tensor:
+    """Errors [B, N] of continuous tokens: what is shown is clean, what is asked stands at its own time, a query that knows a little.
+
+    velocity: of noisy slots [B, N, C], times [B, E] and `prediction.sees`, [B, N, C]. slots, noise: [B, N, C]. times: [B, E] in [0, 1] of
+    the entities that are asked. entities: [N], see `random_prediction`. With `next_prediction` this is noisy context learning.
+    """
+    first = torch.searchsorted(entities.contiguous(), torch.arange(times.shape[1], device=entities.device))
+    times = times * prediction.asked[:, first]
+    t = times[:, entities, None].to(slots.dtype)
+    made = velocity((1 - t) * slots + t * noise, times, prediction.sees)
+    return (made - (noise - slots)).square().mean(-1)
 
 
 def mean_error(errors: Tensor, asked: Tensor) -> Tensor:

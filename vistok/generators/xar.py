@@ -29,10 +29,8 @@ from torch import Tensor, nn
 from vistok.generators.condition import NULL, ClassTokens, Condition, ConditionPrefix, check_classes, make_condition
 from vistok.generators.order import OrderConfig
 from vistok.generators.xar_sampling import FlowSampling, Sampler, time_index
-from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
-from vistok.layers.mlp import GEGLU
-from vistok.layers.norms import modulate
+from vistok.layers.modulated import ModulatedBlock
 from vistok.layers.positions import time_features
 from vistok.layers.rope import rope_table, rotate
 from vistok.modeling import VisualModel
@@ -107,26 +105,6 @@ class XARConfig:
         return "learned"
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, modulated by gains g1, g2, scales s1, s2 and shifts b1, b2, in this order."""
-
-    def __init__(self, config: XARConfig):
-        super().__init__()
-        D = config.width
-        self.norm = nn.RMSNorm(D, eps=config.norm_eps, elementwise_affine=False)
-        self.attention = Attention(D, config.num_heads, bias=True)
-        self.mlp = GEGLU(D, config.hidden)
-        self.modulation = nn.Linear(D, 6 * D)
-
-    def forward(self, x: Tensor, modulations: Tensor, *, keep: Tensor | None = None, **attention) -> Tensor:
-        """x: [B, T, D]. modulations: [B, T or 1, 6, D]. keep: [2, B, 1, D] factors on both branches (dropout), or None."""
-        g1, g2, s1, s2, b1, b2 = modulations.unbind(2)
-        if keep is not None:
-            g1, g2 = g1 * keep[0], g2 * keep[1]
-        x = x + g1 * self.attention(modulate(self.norm(x), b1, s1), **attention)
-        return x + g2 * self.mlp(modulate(self.norm(x), b2, s2))
-
-
 @register
 class XAR(VisualModel):
     """A velocity of entities of continuous tokens, given the entities before them."""
@@ -147,8 +125,9 @@ class XAR(VisualModel):
         self.encoder_in, self.decoder_in = nn.Linear(C, D), nn.Linear(D, D)
         self.encoder_positions, self.decoder_positions = (nn.Parameter(torch.empty(self.order.num_slots, D)) for _ in range(2))
         self.in_norm, self.encoder_norm, self.decoder_norm = (nn.RMSNorm(D, eps=config.norm_eps) for _ in range(3))
-        self.encoder_blocks = nn.ModuleList(Block(config) for _ in range(config.encoder_depth))
-        self.decoder_blocks = nn.ModuleList(Block(config) for _ in range(config.decoder_depth))
+        block = partial(ModulatedBlock, D, config.num_heads, config.hidden, norm_eps=config.norm_eps)
+        self.encoder_blocks = nn.ModuleList(block() for _ in range(config.encoder_depth))
+        self.decoder_blocks = nn.ModuleList(block() for _ in range(config.decoder_depth))
         self.out = nn.Linear(D, C)
         device, P = self.out.weight.device, self.prefix_length
         with torch.device("cpu"):  # not every device has the float64 of the table
@@ -168,7 +147,7 @@ class XAR(VisualModel):
                 nn.init.zeros_(module.bias)
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[ModulatedBlock]:
         """All blocks, in the order they run."""
         return [*self.encoder_blocks, *self.decoder_blocks]
 
@@ -205,6 +184,11 @@ class XAR(VisualModel):
         heads = dict(num_heads=config.num_heads, head_width=config.width // config.num_heads)
         where = dict(device=self.device, dtype=self.out.weight.dtype)
         return KVCache(num_layers=len(self.blocks), batch_size=batch_size, max_length=length, **heads, **where)
+
+    def step_sizes(self, num_tokens: int) -> tuple[int, ...]:
+        """Slots of each entity that makes the first `num_tokens` tokens."""
+        order = self.order
+        return order.lengths if num_tokens == self.max_tokens else order.lengths[: order.entities_within(num_tokens)]
 
     def guidance_schedule(self, scale: float) -> Callable[[int], float]:
         """Guidance of each entity where a number is asked for: rising from 1 at the first to `scale` at the last."""
@@ -282,6 +266,20 @@ class XAR(VisualModel):
         slots = torch.cat([clean[:, :known], noisy], dim=1)
         modulations = self.modulations(indices, condition.labels)
         return self._network(slots, modulations, rows[P:], groups, mask, prefix=prefix, keep=keep)[:, known:]
+
+    def predict(self, slots: Tensor, condition: Condition, *, times: Tensor, sees: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Velocities [B, S, C] of all slots [B, S, C], each at its entity's time, times [B, E], where a table says who sees whom.
+
+        sees: [B, S, S] bool, row n may look at slot m; all see the caption. What a plain pass is a special case of (`objectives.py`).
+        """
+        P, indices, prefix = self.prefix_length, time_index(times), None
+        if self.captions is not None:
+            prefix, indices = self.captions(condition, len(slots)), nn.functional.pad(indices, (1, 0))
+        mask = (self.entities[:, None] >= self.entities).repeat(len(slots), 1, 1)
+        mask[:, P:, P:] = sees
+        groups = self.entities - self.entities[0]
+        modulations = self.modulations(indices, condition.labels)
+        return self._network(slots, modulations, slice(P, len(mask[0])), groups, mask[:, None], prefix=prefix, keep=keep)
 
     def _network(
         self,

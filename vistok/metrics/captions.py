@@ -46,21 +46,19 @@ class HashedCaptions:
         self.width, self.name = width, f"hash:{width}"
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        rows = torch.zeros(len(captions), self.width)
-        for row, caption in zip(rows, captions):
-            for piece, weight in _pieces(caption):
-                row += weight * _direction(piece, self.width)
-        return F.normalize(rows, dim=1)
+        from vistok.generators.condition import split_words
+
+        empty = torch.zeros(self.width)
+        rows = [sum((_word(word, self.width) for word in split_words(caption)), empty) for caption in captions]
+        return F.normalize(torch.stack(rows), dim=1) if rows else torch.zeros(0, self.width)
 
 
-def _pieces(caption: str) -> list[tuple[str, float]]:
-    from vistok.generators.condition import split_words
-
-    found = []
-    for word in split_words(caption):
-        edged = f"<{word}>"
-        found += [(word, 1.0), *((edged[i : i + 3], _TRIGRAM_WEIGHT) for i in range(len(edged) - 2))]
-    return found
+@lru_cache(maxsize=65536)
+def _word(word: str, width: int) -> Tensor:
+    """The word's own direction and, with less weight, those of its trigrams, edges included."""
+    edged = f"<{word}>"
+    trigrams = [_direction(edged[i : i + 3], width) for i in range(len(edged) - 2)]
+    return _direction(word, width) + _TRIGRAM_WEIGHT * torch.stack(trigrams).sum(0)
 
 
 @lru_cache(maxsize=65536)

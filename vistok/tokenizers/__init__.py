@@ -8,6 +8,7 @@ from vistok.tokenizers.titok import TiTok, TiTokConfig
 from vistok.tokenizers.tokenflow import TokenFlow, TokenFlowConfig
 from vistok.tokenizers.vae import KLVAE, VAEConfig
 from vistok.tokenizers.var_vqvae import VARVQVAE, ScaleCodesConfig, VARVQVAEConfig
+from vistok.tokenizers.vision_tower import VisionTower, VisionTowerConfig
 from vistok.tokenizers.vqgan import VQGAN, VQGANConfig
 
 __all__ = [
@@ -30,4 +31,6 @@ __all__ = [
     "VAEConfig",
     "VARVQVAEConfig",
     "VQGANConfig",
+    "VisionTower",
+    "VisionTowerConfig",
 ]

@@ -1,133 +1,177 @@
-"""The law that each acceptance rule emits at one position, summed over every draft and every outcome; no sampling."""
-
-import itertools
+"""Acceptance rules beyond their laws: decisions for many rows at once, neighbours, names and options, walks over chains and trees."""
 
 import pytest
 import torch
 
+import vistok
 from vistok.decoding.accept import (
+    LatticeNeighbours,
+    Position,
     accepts_greedily,
+    code_clusters,
     decide,
-    emitted_law,
-    greedy,
-    k_seq,
+    decide_rows,
     lantern,
-    lantern_budget,
-    mixture,
+    list_rules,
+    make_rule,
     neighbour_table,
-    recursive_rejection,
-    standard,
+    token_neighbours,
     typical_paths,
+    verify,
     walk_chain,
+    walk_chains,
     walk_tree,
 )
-from vistok.decoding.accept.exact import draft_law
-from vistok.decoding.accept.lantern import move_mass
 from vistok.decoding.trees import TreeTemplate
 from vistok.decoding.zipar import zipar_passes
+from vistok.quantizers import FSQ, FSQConfig
 
-V = 5
-
-
-def laws(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random pair (p, q), adversarial by turns: zeros in either, equal, disjoint, one-hot."""
-    generator = torch.Generator().manual_seed(seed)
-    p, q = torch.rand(2, V, generator=generator, dtype=torch.float64).pow(3)
-    kind = seed % 6
-    if kind == 1:
-        p[:2] = 0
-    if kind == 2:
-        q[2:4] = 0
-    if kind == 3:
-        q = p.clone()
-    if kind == 4:
-        p[:2], q[2:] = 0, 0
-    if kind == 5:
-        q = torch.zeros(V, dtype=torch.float64)
-        q[seed % V] = 1
-    return p / p.sum(), q / q.sum()
+V = 6
 
 
-def law_of(rule, q: torch.Tensor, k: int, drawn: str) -> torch.Tensor:
-    """Emitted law averaged over the draws of k candidates."""
-    total = torch.zeros(V, dtype=torch.float64)
-    for draws in itertools.product(range(V), repeat=k):
-        chance = 1.0
-        for i, token in enumerate(draws):
-            chance *= float(draft_law(q, draws[:i], drawn)[token])
-        if chance > 0:
-            total += chance * emitted_law(rule(list(draws)), draws)
-    return total
+def random_laws(*shape: int, seed: int = 0) -> torch.Tensor:
+    laws = torch.rand(*shape, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).pow(3)
+    return laws / laws.sum(-1, keepdim=True)
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return 0.5 * float((a - b).abs().sum())
-
-
-def table(k: int, seed: int = 0) -> torch.Tensor:
-    return neighbour_table(torch.randn(V, 3, generator=torch.Generator().manual_seed(seed)), k)
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_exact_rules_emit_the_target_law(seed):
-    p, q = laws(seed)
-    rules = {
-        "standard": law_of(lambda c: standard(p, c[0], q), q, 1, "with_replacement"),
-        "with": law_of(lambda c: recursive_rejection(p, c, q, drawn="with_replacement"), q, 2, "with_replacement"),
-        "k_seq": law_of(lambda c: k_seq(p, c, q), q, 2, "with_replacement"),
+def every_rule() -> dict:
+    near = neighbour_table(torch.randn(V, 3, generator=torch.Generator().manual_seed(0)), V - 1)
+    tables = {"neighbours": near, "k": 3}
+    needs = {
+        "cluster": {"clusters": torch.arange(V) % 3},
+        "gsd": {"embeddings": torch.randn(V, 2, generator=torch.Generator().manual_seed(0))},
+        "judge": {"head": lambda hidden: hidden[..., 0]},
+        **dict.fromkeys(("lantern", "lantern++", "lantern_budget"), tables),
     }
-    if int((q > 0).sum()) >= 2:  # without replacement there must be two tokens to draw
-        rules["without"] = law_of(lambda c: recursive_rejection(p, c, q, drawn="without_replacement"), q, 2, "without_replacement")
-    for candidates in ([], [0], [3, 1], [4, 0, 2, 1, 3]):
-        rules[str(candidates)] = emitted_law(recursive_rejection(p, candidates, None, drawn="deterministic"), candidates)
-    for name, law in rules.items():
-        torch.testing.assert_close(law, p, rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    return {name: make_rule(name, **needs.get(name, {})) for name in list_rules()}
 
 
-@pytest.mark.parametrize("seed", range(24))
-@pytest.mark.parametrize("eps", [0.0, 0.05, 0.3, 1.0])
-def test_rules_with_a_budget_stay_within_it(seed, eps):
-    p, q = laws(seed)
-    mixed = law_of(lambda c: mixture(p, c[0], q, eps=eps), q, 1, "with_replacement")
-    assert distance(mixed, p) == pytest.approx(min(eps, distance(p, q)), abs=1e-9)
-    for candidates in ([0], [3, 1], [4, 0, 2]):
-        target = move_mass(p, candidates, table(3), k=3, eps=eps)
-        law = emitted_law(lantern_budget(p, candidates, table(3), k=3, eps=eps), candidates)
-        assert distance(law, p) <= eps + 1e-9
-        torch.testing.assert_close(law, target, rtol=0, atol=1e-9)
-        assert all(target[token] >= p[token] - 1e-12 for token in candidates)
+@pytest.mark.parametrize("name", list_rules())
+def test_many_rows_are_decided_as_each_alone(name):
+    rule, n = every_rule()[name], 60
+    generator = torch.Generator().manual_seed(1)
+    p, q, hidden = random_laws(n), random_laws(n, seed=1), torch.randn(n, 3, 1, generator=generator)
+    candidates, coins = torch.randint(V, (n, 3), generator=generator), torch.rand(n, 3, generator=generator)
+    candidates[::5, 1:] = -1
+    accepted, law = decide_rows(rule(Position(p, candidates, q, "with_replacement", hidden)), coins)
+    for b in range(n):
+        count = int((candidates[b] >= 0).sum())
+        at = Position(p[b], candidates[b, :count], q[b], "with_replacement", hidden[b, :count])
+        alone = decide(rule(at), iter(coins[b].tolist()))
+        assert alone.accepted == accepted[b]
+        if alone.accepted < 0:
+            torch.testing.assert_close(alone.law, law[b])
 
 
-def test_the_bound_of_lantern_does_not_bound_its_loss():
-    groups, k = 16, 15
-    n = groups * (k + 1)
-    p = torch.full((n,), 1 / n, dtype=torch.float64)
-    q = torch.zeros(n, dtype=torch.float64)
-    q[:: k + 1] = 1 / groups
-    members = torch.arange(n).view(groups, k + 1)
-    neighbours = torch.stack([members[i // (k + 1)][members[i // (k + 1)] != i] for i in range(n)])
-    law, delta = torch.zeros(n, dtype=torch.float64), k / n + 1e-12
-    for token in range(0, n, k + 1):
-        law += q[token] * emitted_law(lantern(p, [token], q, neighbours, k=k, delta=delta), [token])
-    assert delta < 0.06
-    assert distance(law, p) == pytest.approx(k / (k + 1), abs=1e-9)
-    budgeted = emitted_law(lantern_budget(p, [0], neighbours, k=k, eps=delta), [0])
-    assert distance(budgeted, p) <= delta + 1e-9
+@pytest.mark.parametrize("name", list_rules())
+def test_a_position_without_candidates_draws_from_the_target(name):
+    p = random_laws(4)
+    accepted, law = decide_rows(every_rule()[name](Position(p, torch.empty(4, 0, dtype=torch.int64))), torch.empty(4, 0))
+    expected = torch.eye(V, dtype=p.dtype)[p.argmax(1)] if name == "greedy" else p
+    assert accepted.tolist() == [-1] * 4
+    torch.testing.assert_close(law, expected)
 
 
-@pytest.mark.parametrize("bound", [{"delta": 0.0}, {"multiple": 1.0}])
-def test_lantern_without_a_bound_to_spend_is_exact(bound):
-    p, q = laws(6)
-    law = law_of(lambda c: lantern(p, c, q, table(3), k=3, **bound), q, 2, "without_replacement")
-    torch.testing.assert_close(law, p, rtol=0, atol=1e-9)
+@pytest.mark.parametrize("has_law", [True, False])
+def test_chains_in_a_batch_end_as_each_alone(has_law):
+    B, g = 40, 4
+    generator = torch.Generator().manual_seed(0)
+    p, q = random_laws(B, g + 1), random_laws(B, g, seed=1) if has_law else None
+    tokens, coins = torch.randint(V, (B, g), generator=generator), torch.rand(B, g, generator=generator, dtype=torch.float64)
+    accepted, law = walk_chains(make_rule("standard"), p, tokens, q, coins)
+    for b in range(B):
+        alone = walk_chain(p[b], tokens[b], None if q is None else q[b], coins[b].tolist())
+        assert alone.accepted == accepted[b]
+        torch.testing.assert_close(alone.law, law[b])
+    short = tokens.clone()
+    short[:, 2:] = -1
+    accepted, law = walk_chains(make_rule("standard"), p, short, q, torch.zeros_like(coins))
+    assert bool((accepted <= 2).all()) and bool((accepted == 2).any())
+    torch.testing.assert_close(law[accepted == 2], p[accepted == 2, 2])
 
 
-def test_lantern_accepts_more_than_the_exact_rule_and_takes_one_bound_only():
-    p, _ = laws(0)
-    exact = next(iter(recursive_rejection(p, [2], None, drawn="deterministic"))).ratio
-    assert next(iter(lantern(p, [2], None, table(3), k=3, multiple=50.0, drawn="deterministic"))).ratio > exact
-    with pytest.raises(ValueError, match="delta"):
-        list(lantern(p, [2], None, table(3), k=3, drawn="deterministic"))
+def test_a_chain_is_the_tree_with_one_branch():
+    p, q, tokens = random_laws(4), random_laws(3, seed=1), [0, 3, 1]
+
+    def rule(law, nodes, parent):
+        return verify(
+            Position(law, torch.tensor([tokens[node - 1] for node in nodes], dtype=torch.int64), q[min(parent, 2)], "with_replacement")
+        )
+
+    for seed in range(20):
+        uniforms = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
+        chain = walk_chain(p, torch.tensor(tokens), q, uniforms)
+        tree = walk_tree([-1, 0, 1, 2], [0, *tokens], lambda node: p[node], rule, uniforms)
+        assert (len(tree.path) - 1, tree.num_uniforms) == (chain.accepted, chain.num_uniforms)
+        torch.testing.assert_close(tree.law, chain.law)
+
+
+def test_siblings_with_one_token_are_each_tried_where_draws_repeat():
+    # two draws of one level, then one draw below each: the law of two tokens, summed over all drafts and by fine steps over no uniform
+    p, q = random_laws(1 + V)[:, :3], random_laws(1 + V, seed=1)[:, :3]
+    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
+    law = torch.zeros(3, 3, dtype=torch.float64)
+
+    def rule(at_p, nodes, parent, tokens):
+        drawn = torch.tensor([tokens[node] for node in nodes], dtype=torch.int64)
+        return verify(Position(at_p, drawn, q[0 if parent == 0 else 1 + tokens[parent]], "with_replacement"))
+
+    generator = torch.Generator().manual_seed(0)
+    trials = 1500
+    for _ in range(trials):
+        first = torch.multinomial(q[0], 2, replacement=True, generator=generator).tolist()
+        below = [int(torch.multinomial(q[1 + token], 1, generator=generator)) for token in first]
+        tokens = [0, *first, *below]
+        coins = torch.rand(4, generator=generator).tolist()
+        walk = walk_tree(
+            [-1, 0, 0, 1, 2], tokens, lambda n, t=tokens: p[0 if n == 0 else 1 + t[n]], lambda a, b, c, t=tokens: rule(a, b, c, t), coins,
+            has_repeats=True,
+        )  # fmt: skip
+        path = [tokens[node] for node in walk.path[1:]]
+        if not path:  # the rest of the law is known without drawing
+            law += walk.law[:, None] * p[1:4]
+        elif len(path) == 1:
+            law[path[0]] += walk.law
+        else:
+            law[path[0], path[1]] += 1
+    expected = p[0][:, None] * p[1:4] * trials
+    chi_square = float(((law - expected) ** 2 / expected).sum())
+    assert chi_square < 8 + 5 * 16**0.5  # less than independent draws would have: part of each law is known
+
+
+def test_the_lattice_has_the_neighbours_of_the_table():
+    levels, k = (5, 4, 3), 12
+    codes = FSQ(FSQConfig(levels=levels)).decode(torch.arange(60))
+    spacing = tuple(1 / (level // 2) for level in levels)
+    lattice, table = LatticeNeighbours(levels, k, spacing=spacing), neighbour_table(codes, k)
+    tokens = torch.arange(60)
+    near = lattice.nearest(tokens, k)
+
+    def distances(of):
+        return (codes[of.long()] - codes[:, None]).norm(dim=-1)
+
+    torch.testing.assert_close(distances(near), distances(table), rtol=0, atol=1e-5)  # of equals, either may come first
+    assert not (near == tokens[:, None]).any() and all(len(set(row)) == k for row in near.tolist())
+    with pytest.raises(ValueError, match="k=13"):
+        lattice.nearest(tokens, 13)
+    with pytest.raises(ValueError, match="k=60"):
+        LatticeNeighbours(levels, 60)
+
+
+@pytest.mark.parametrize("preset", ["fsq2d-tiny", "vqgan-tiny"])
+def test_neighbours_come_from_the_tokenizers_own_lookup(preset):
+    tokenizer = vistok.create(preset)
+    near = token_neighbours(tokenizer, 4)
+    if isinstance(near, torch.Tensor):
+        unit = torch.nn.functional.normalize(tokenizer.quantizer.vectors(), dim=1)
+        expected = (unit @ unit.t() - 2 * torch.eye(len(unit))).topk(4).values
+        torch.testing.assert_close((unit[near.long()] * unit[:, None]).sum(-1), expected, rtol=0, atol=1e-5)
+    else:
+        steps = tokenizer.embed(near.nearest(torch.arange(20), 4)) - tokenizer.embed(torch.arange(20))[:, None]
+        gaps = torch.cdist(tokenizer.embed(torch.arange(20)), tokenizer.embed(torch.arange(tokenizer.codebook_size)))
+        torch.testing.assert_close(steps.norm(dim=-1), gaps.sort(1).values[:, 1:5], rtol=0, atol=1e-5)
+    clusters = code_clusters(tokenizer, 7)
+    assert clusters.unique().tolist() == list(range(7)) and torch.equal(clusters, code_clusters(tokenizer, 7))
 
 
 def test_the_neighbour_table_lists_other_codes_by_distance_even_where_codes_repeat():
@@ -139,27 +183,45 @@ def test_the_neighbour_table_lists_other_codes_by_distance_even_where_codes_repe
         neighbour_table(codebook, 4)
 
 
-def test_greedy_keeps_the_best_token_only():
-    p, _ = laws(0)
-    best = int(p.argmax())
-    assert decide(greedy(p, [best]), iter([0.99])).accepted == 0
-    assert emitted_law(greedy(p, [(best + 1) % V]), [(best + 1) % V]).argmax() == best
-    assert accepts_greedily(p.log(), best, None) and not accepts_greedily(p.log(), (best + 1) % V, None)
+def test_rules_are_made_by_name_and_say_what_is_wrong():
+    tokenizer, target = vistok.create("fsq2d-tiny"), vistok.create("gpt-tiny")
+    rule = make_rule("lantern_budget", tokenizer=tokenizer, eps=0.2)
+    assert (rule.bound, rule.exact, str(rule)) == (0.2, False, "lantern_budget(k=10, eps=0.2)")
+    assert make_rule("standard").exact and make_rule("lantern", tokenizer=tokenizer).bound is None
+    assert make_rule("gsd", target=target).options["embeddings"] is not None
+    assert make_rule("cluster", tokenizer=tokenizer, clusters=9).options["clusters"].max() == 8
+    assert make_rule("judge", head=lambda h: h[..., 0]).needs_hidden
+    for name, options, message in (
+        ("lantern_bugdet", {}, "did you mean 'lantern_budget'"),
+        ("mixture", {"epsilon": 0.1}, "no option 'epsilon'"),
+        ("mixture", {"eps": 1.5}, "eps=1.5"),
+        ("lantern", {}, "needs the tokenizer"),
+        ("lantern", {"tokenizer": tokenizer, "k": 10**6}, "k=1000000"),
+        ("gsd", {}, "needs the target"),
+        ("judge", {}, "'head'"),
+        ("cluster", {"tokenizer": tokenizer, "clusters": 10**6}, "1000000 clusters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_rule(name, **options)
 
 
-def test_a_chain_is_the_tree_with_one_branch():
-    p, q = torch.stack([laws(6 * i)[0] for i in range(4)]), torch.stack([laws(6 * i + 12)[1] for i in range(3)])
-    tokens = [0, 3, 1]
+def test_rules_refuse_what_they_cannot_judge():
+    p, one = random_laws(1)[0], torch.tensor([2])
+    with pytest.raises(ValueError, match="delta"):
+        list(lantern(Position(p, one), neighbours=neighbour_table(torch.eye(V), 3), k=3, delta=None))
+    with pytest.raises(ValueError, match="draft law q"):
+        list(verify(Position(p, one, None, "with_replacement")))
+    with pytest.raises(ValueError, match="independent draws"):
+        list(make_rule("k_seq")(Position(p, one)))
+    with pytest.raises(ValueError, match="deferral='both'"):
+        list(make_rule("cascade", deferral="both")(Position(p, one, p, "with_replacement")))
 
-    def rule(law, nodes, parent):
-        return recursive_rejection(law, [tokens[node - 1] for node in nodes], q[min(parent, 2)], drawn="with_replacement")
 
-    for seed in range(20):
-        uniforms = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
-        chain = walk_chain(p, torch.tensor(tokens), q, uniforms)
-        tree = walk_tree([-1, 0, 1, 2], [0, *tokens], lambda node: p[node], rule, uniforms)
-        assert (len(tree.path) - 1, tree.num_uniforms) == (chain.accepted, chain.num_uniforms)
-        torch.testing.assert_close(tree.law, chain.law)
+def test_greedy_lantern_accepts_a_token_that_its_neighbours_raise_to_the_top():
+    logits = torch.tensor([0.30, 0.29, 0.25, 0.16, 1e-9, 1e-9]).log()
+    near = torch.tensor([[1, 2], [3, 2], [1, 3], [1, 2], [0, 1], [0, 1]])
+    assert accepts_greedily(logits, 0, None) and not accepts_greedily(logits, 1, None)
+    assert accepts_greedily(logits, 1, near, k=2, delta=0.2) and not accepts_greedily(logits, 1, near, k=2, delta=0.1)
 
 
 def test_typical_acceptance_takes_probable_drafts_and_no_padding():
@@ -181,3 +243,7 @@ def test_zipar_predicts_each_token_once_in_the_stated_number_of_passes(size, win
     assert sorted(feed.target for feeds in passes for feed in feeds if feed.target is not None) == list(range(size, size * size))
     assert len(passes) + size == 2 * size + (size - 2) * window
     assert len(zipar_passes(6, 4, 6)) == 18  # a window of a whole row is raster order
+
+
+def test_the_exact_rules_are_those_whose_laws_are_tested_as_exact():
+    assert sorted(rule.name for rule in every_rule().values() if rule.exact) == ["k_seq", "standard"]

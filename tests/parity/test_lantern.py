@@ -5,8 +5,8 @@ import re
 import torch
 
 from vistok.decoding import SamplingConfig, warp
-from vistok.decoding.accept import accepts_greedily, lantern, neighbour_table, recursive_rejection, walk_tree
-from vistok.decoding.accept.lantern import num_aggregated
+from vistok.decoding.accept import Position, accepts_greedily, lantern, neighbour_table, verify, walk_tree
+from vistok.decoding.accept.lantern import aggregated
 from vistok.decoding.drafter_loss import drafter_loss
 from vistok.decoding.drafting import best_nodes_tree
 from vistok.decoding.trees import TreeTemplate, ancestor_mask, leaf_paths
@@ -21,7 +21,7 @@ def _io(golden, group: str) -> dict[str, torch.Tensor]:
 
 def _bound(delta: float) -> dict[str, float]:
     """The reference has one option: a probability up to 1, a multiple above."""
-    return {"delta": delta} if delta <= 1 else {"multiple": delta}
+    return {"delta": delta, "multiple": None} if delta <= 1 else {"delta": None, "multiple": delta}
 
 
 def _compare(golden, group: str, results: dict[str, torch.Tensor], tolerance: float | None = None) -> None:
@@ -61,9 +61,10 @@ def _guidance(golden, group):
 def _aggregation(golden, group):
     io, p, counts, ratios, residuals = _io(golden, group), golden.io[f"{group}/in.logits"].softmax(-1), [], [], []
     for token, k, delta in zip(io["in.token"].tolist(), io["in.k"].tolist(), io["in.delta"].tolist()):
-        counts.append(num_aggregated(p, token, _neighbours(golden), k=k, **_bound(delta)))
-        first, last = lantern(p, [token], None, _neighbours(golden), k=k, residual="reference", drawn="deterministic", **_bound(delta))
-        ratios.append(min(1.0, first.ratio))
+        near, x = _neighbours(golden), torch.tensor([token])
+        counts.append(int(aggregated(p, x[0], near[token, :k].long(), **_bound(delta)).sum()))
+        first, last = lantern(Position(p, x), neighbours=near, k=k, residual="reference", **_bound(delta))
+        ratios.append(min(1.0, float(first.ratio)))
         residuals.append(last.law)
     results = {
         "out.num_neighbours": torch.tensor(counts),
@@ -92,11 +93,11 @@ def _dynamic(golden, group):
     tokens = io["in.node_tokens"].tolist()
 
     def rule(p, nodes, parent):
-        candidates = [tokens[node] for node in nodes]
+        at = Position(p, torch.tensor([tokens[node] for node in nodes], dtype=torch.int64))
         if options["lantern"] is None:
-            return recursive_rejection(p, candidates, None, drawn="deterministic")
+            return verify(at)
         k, bound = options["lantern"]["k"], _bound(options["lantern"]["delta"])
-        return lantern(p, candidates, None, _neighbours(golden), k=k, residual="reference", drawn="deterministic", **bound)
+        return lantern(at, neighbours=_neighbours(golden), k=k, residual="reference", **bound)
 
     _compare(golden, group, _walk(golden, group, io["in.node_parents"].tolist(), tokens, io["in.retrieve_indices"], rule))
 
@@ -125,14 +126,15 @@ def _static(golden, group):
     depths, listed = template.depths.tolist(), tokens.tolist()
 
     def rule(p, nodes, parent):
-        candidates = [listed[node] for node in nodes]
+        candidates = torch.tensor([listed[node] for node in nodes], dtype=torch.int64)
         if not nodes:
-            return recursive_rejection(p, [], p, drawn="without_replacement")
+            return verify(Position(p, candidates))
         q = io[f"in.draft_dist.{depths[parent]}"][template.level_rows[nodes[0]]]
+        at = Position(p, candidates, q, "without_replacement")
         if options["lantern"] is None:
-            return recursive_rejection(p, candidates, q, drawn="without_replacement")
+            return verify(at)
         k, bound = options["lantern"]["k"], _bound(options["lantern"]["delta"])
-        return lantern(p, candidates, q, _neighbours(golden), k=k, residual="reference", chances=chances[nodes].tolist(), **bound)
+        return lantern(at, neighbours=_neighbours(golden), k=k, residual="reference", chances=chances[nodes], **bound)
 
     results = _walk(golden, group, template.parents, listed, paths, rule)
     is_node = paths >= 0

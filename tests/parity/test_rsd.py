@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vistok.decoding.accept import decide, k_seq, k_seq_constants, recursive_rejection, walk_tree
+from vistok.decoding.accept import Position, decide, k_seq, k_seq_constants, verify, walk_tree
 from vistok.decoding.drafting import beam_step, draw_without_replacement, perturb, stochastic_beam_tree
 
 FAMILY = "rsd"
@@ -45,8 +45,8 @@ def test_gumbel_top_k(golden):
 def test_recursive_rejection(golden, group, drawn):
     _skip_if_absent(golden, group)
     io, decisions = _inputs(golden, group), []
-    for p, q, candidates, uniforms in zip(io["in.target"], io["in.draft"], io["in.candidates"].tolist(), io["in.uniforms"].tolist()):
-        decisions.append(decide(recursive_rejection(p, candidates, q, drawn=drawn), iter(uniforms)))
+    for p, q, candidates, uniforms in zip(io["in.target"], io["in.draft"], io["in.candidates"], io["in.uniforms"].tolist()):
+        decisions.append(decide(verify(Position(p, candidates, q, drawn)), iter(uniforms)))
     accepted = torch.tensor([decision.accepted for decision in decisions])
     _check(golden, group, {"accepted": accepted, "residual": torch.stack([decision.law for decision in decisions])})
 
@@ -65,14 +65,14 @@ def test_stochastic_beam_trees_end_to_end(golden):
     io, group = _inputs(golden, "rsd_s"), golden.spec["groups"]["rsd_s"]
     log_q, p = io["in.draft_logp"], io["in.target_prob"]
     expected_roots, results = io["out.tokens"][:, 0].tolist(), {"tokens": [], "parents": [], "path": [], "next_dist": []}
-    for root, uniforms, verify in zip(expected_roots, io["in.gumbel_uniforms"], io["in.verify_uniforms"].tolist()):
+    for root, uniforms, coins in zip(expected_roots, io["in.gumbel_uniforms"], io["in.verify_uniforms"].tolist()):
         tree = stochastic_beam_tree(lambda paths: log_q[paths[:, -1]], root, uniforms)
 
         def rule(law, nodes, parent, tokens=tree.tokens):
             q = log_q[tokens[parent]].exp()
-            return recursive_rejection(law, [tokens[node] for node in nodes], q, drawn="without_replacement")
+            return verify(Position(law, torch.tensor([tokens[node] for node in nodes], dtype=torch.int64), q, "without_replacement"))
 
-        decision = walk_tree(tree.parents, tree.tokens, lambda node, tokens=tree.tokens: p[tokens[node]], rule, verify)
+        decision = walk_tree(tree.parents, tree.tokens, lambda node, tokens=tree.tokens: p[tokens[node]], rule, coins)
         results["tokens"].append(tree.tokens)
         results["parents"].append(tree.parents)
         results["path"].append(decision.path + [-1] * (group["levels"] + 1 - len(decision.path)))
@@ -87,11 +87,13 @@ def test_k_seq(golden):
         io = _inputs(golden, f"kseq/{index}")
         p, q = io["in.target"], io["in.draft"]
         constants = k_seq_constants(p, q, k)
-        ratios = [next(iter(k_seq(p, [token] * k, q))).ratio for token in range(len(p))]
+        drafts = torch.arange(len(p))[:, None].expand(-1, k)
+        at = Position(p.expand(len(p), -1), drafts, q.expand(len(p), -1), "with_replacement")
+        ratios = next(iter(k_seq(at))).ratio
         results = {
-            "accept_per_token": torch.tensor(ratios, dtype=p.dtype).clamp(max=1),
+            "accept_per_token": ratios.to(p.dtype).clamp(max=1),
             "residual": constants.residual,
-            "scalars": torch.tensor(constants[:3], dtype=p.dtype),
+            "scalars": torch.stack(constants[:3]).to(p.dtype),
         }
         _check(golden, f"kseq/{index}", results)
     names = {name.split("/")[1] for name in golden.io if name.startswith("kseq/")}

@@ -99,8 +99,8 @@ class Draft:
 
     ids: [B, M] int64; -1 where an image has no token for that node. shape: how they hang together.
     drawn: how the children of a node came about, see `recursive_rejection`; "with_replacement" also says of a chain that it was drawn.
-    q: [B, E, V] laws, not needed where drawn is "deterministic". rows: [1 or B, M + 1] int64, which of the E laws the children of a node
-    were drawn from; -1 for a node without children.
+    q: [B, E, V] laws, none where drawn is "deterministic". rows: [1 or B, M + 1] int64, which of the E laws the children of a node were
+    drawn from: the node's number among those the drafter was shown; -1 for a node that it was not.
     """
 
     ids: Tensor

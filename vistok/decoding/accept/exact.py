@@ -7,115 +7,101 @@
 Given that all before were rejected, round k of the recursive rule emits law r_k whatever q_k is, as long as q_k depends on rejected draws
 only; so the candidates may be drawn with replacement (q_k = q), without (q_k = q without earlier ones), or not at all (q_k = 1 at x_k).
 
-V vocabulary, k candidates of one position.
+Shapes: ... any, V vocabulary, k candidates of one position.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vistok.decoding.accept.rounds import Trial, leftover
+from vistok.decoding.accept.registry import accept_rule, law_rule
+from vistok.decoding.accept.rounds import Position, Trial, chance, end, one_hot, quotient
 
-Drawn = Literal["with_replacement", "without_replacement", "deterministic"]
 
+@law_rule("standard", exact=True, paper="2211.17192")
+def standard(at: Position) -> Tensor:
+    """Speculative sampling; with several candidates recursive rejection: drawn with or without replacement (RSD-C, RSD-S), or not drawn.
 
-def recursive_rejection(p: Tensor, candidates: Sequence[int], q: Tensor | None, *, drawn: Drawn) -> Iterator[Trial]:
-    """Recursive rejection sampling; exact. With one candidate this is standard speculative sampling.
-
-    p: [V] target law. candidates: tokens in the order they were drawn. q: [V] law of the first draw; None where drawn is "deterministic".
-    A candidate of draft law 0 is not one of the draft's and is passed over.
-    Source: arXiv 2402.14160 (RSD), algorithm 2; with replacement: SpecInfer, 2305.09781, algorithm 2; deterministic: EAGLE-2, 2406.16858.
-    Raises ValueError: q is missing, or given with deterministic candidates.
+    Source: arXiv 2211.17192, section 2.3; 2402.14160 (RSD), algorithm 2; with replacement: SpecInfer, 2305.09781, algorithm 2;
+    deterministic: EAGLE-2, 2406.16858.
     """
-    if (q is None) != (drawn == "deterministic"):
-        raise ValueError(f"candidates drawn {drawn!r} {'need the' if q is None else 'have no'} draft law q")
-    r = p
-    for index, token in enumerate(candidates):
-        q_k = draft_law(q, candidates[:index], drawn) if q is not None else torch.zeros_like(p)
-        if q is None:
-            q_k[token] = 1
-        chance = float(q_k[token])
-        yield Trial(index, float(r[token]) / chance if chance > 0 else 0.0, r)
-        if chance > 0:
-            r = leftover(r, q_k)
-    yield Trial(-1, 1.0, r)
+    return at.p
 
 
-def standard(p: Tensor, candidate: int, q: Tensor) -> Iterator[Trial]:
-    """Speculative sampling of one token drawn from q [V]; exact. Source: arXiv 2211.17192, section 2.3."""
-    return recursive_rejection(p, [candidate], q, drawn="with_replacement")
+@accept_rule("greedy", paper="2211.17192")
+def greedy(at: Position) -> Iterator[Trial]:
+    """The most probable token (the first of equals) and no other: greedy decoding, of whatever law. p may be logits.
 
-
-def draft_law(q: Tensor, earlier: Sequence[int], drawn: Drawn) -> Tensor:
-    """Law [V] of the draw after `earlier`: q, or without replacement q(x) 1[x not in earlier] / (1 - q(earlier)); 0 if nothing is left."""
-    if drawn == "with_replacement" or not earlier:
-        return q
-    rest = q.clone()
-    rest[list(earlier)] = 0
-    total = rest.sum()
-    return rest / total if total > 0 else rest
-
-
-def greedy(p: Tensor, candidates: Sequence[int]) -> Iterator[Trial]:
-    """The most probable token (the first of equals) and no other; equals greedy decoding. p: [V] law or logits."""
-    best = int(p.argmax())
-    law = torch.zeros_like(p)
-    law[best] = 1
-    for index, token in enumerate(candidates):
-        yield Trial(index, float(token == best), law)
-    yield Trial(-1, 1.0, law)
+    At temperature 0 the standard rule does the same."""
+    best = at.p.argmax(-1)
+    law = one_hot(best, at.p)
+    for index, x in enumerate(at.candidates.unbind(-1)):
+        yield Trial(index, (x == best).to(law.dtype), law)
+    yield end(law)
 
 
 class KSeq(NamedTuple):
-    """Constants of K-SEQ for one pair of laws."""
+    """Constants of K-SEQ for pairs of laws."""
 
-    rho: float
-    """Smallest divisor of the ratio that leaves a residual, in [1, k]."""
-    beta: float
-    """Chance that one draw is accepted: sum_x min(q(x), p(x)/rho)."""
-    accept: float
-    """Chance that one of k draws is accepted: 1 - (1 - beta)^k."""
+    rho: Tensor
+    """[...]: smallest divisor of the ratio that leaves a residual, in [1, k]."""
+    beta: Tensor
+    """[...]: chance that one draw is accepted, sum_x min(q(x), p(x)/rho)."""
+    accept: Tensor
+    """[...]: chance that one of k draws is accepted, 1 - (1 - beta)^k."""
     residual: Tensor
-    """[V] law on total failure: (p - min(q, p/rho) accept/beta) / (1 - accept)."""
+    """[..., V] law on total failure: (p - min(q, p/rho) accept/beta) / (1 - accept)."""
 
 
-def k_seq_constants(p: Tensor, q: Tensor, k: int) -> KSeq:
-    """Constants of K-SEQ for laws p, q [V] and k draws, in float64.
+def k_seq_constants(p: Tensor, q: Tensor, k: int | Tensor) -> KSeq:
+    """Constants of K-SEQ for laws p, q [..., V] and k draws (a number, or one a pair), in float64.
 
     Source: arXiv 2310.15141, algorithm 2 and section 4 (rho is gamma there).
-    rho solves 1 - (1 - beta(rho))^k = rho beta(rho) by bisection; below it the residual would be negative somewhere.
+    rho solves 1 - (1 - beta(rho))^k = rho beta(rho) by bisection; below it the residual would be negative somewhere. With x sorted by
+    p(x)/q(x), beta(rho) is a sum of p/rho over the first and of q over the rest, so a step of the bisection costs a look-up.
     """
     p, q = p.double(), q.double()
+    k = torch.as_tensor(k, dtype=torch.float64, device=p.device).expand(p.shape[:-1])
+    ratio, order = torch.where(q > 0, p / q.clamp(min=1e-300), float("inf")).sort(-1)
+    zero = torch.zeros_like(p[..., :1])
+    p_below = torch.cat([zero, p.gather(-1, order).cumsum(-1)], -1)
+    q_above = torch.cat([q.gather(-1, order).flip(-1).cumsum(-1).flip(-1), zero], -1)
 
-    def excess(rho: float) -> float:
-        beta = float(torch.minimum(q, p / rho).sum())
-        return 1 - (1 - beta) ** k - rho * beta
+    def excess(rho: Tensor) -> Tensor:
+        count = torch.searchsorted(ratio, rho[..., None].contiguous())
+        beta = (p_below.gather(-1, count) / rho[..., None] + q_above.gather(-1, count))[..., 0]
+        return 1 - (1 - beta.clamp(max=1)) ** k - rho * beta
 
-    low, high = 1.0, float(k)
-    if excess(low) <= 0:
-        high = low
-    while high - low > 1e-15 * high:
+    low, high = torch.ones_like(k), k.clone()
+    high = torch.where(excess(low) <= 0, low, high)
+    for _ in range(60):  # halves [1, k] to the last bit
         middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    overlap = torch.minimum(q, p / high)
-    beta = float(overlap.sum())
-    accept = 1 - (1 - beta) ** k
-    rest = (p - overlap * (accept / beta)).clamp(min=0) if beta > 0 else p
-    total = rest.sum()
-    return KSeq(high, beta, accept, rest / total if total > 1e-14 else p)
+        is_low = excess(middle) > 0
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    overlap = torch.minimum(q, p / high[..., None])
+    beta = overlap.sum(-1)
+    accept = 1 - (1 - beta).clamp(min=0) ** k
+    rest = (p - overlap * quotient(accept, beta)[..., None]).clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
+    return KSeq(high, beta, accept, torch.where(total > 1e-14, rest / total.clamp(min=1e-14), p))
 
 
-def k_seq(p: Tensor, candidates: Sequence[int], q: Tensor) -> Iterator[Trial]:
-    """SpecTr's K-SEQ for candidates drawn independently from q [V]; exact. Source: arXiv 2310.15141, algorithm 2.
+@accept_rule("k_seq", exact=True, paper="2310.15141")
+def k_seq(at: Position) -> Iterator[Trial]:
+    """SpecTr's K-SEQ for independent draws of q; exact. The trials before the last carry p as their law.
 
-    The constants depend on the number of candidates and are computed at each call; the trials before the last carry p as their law.
+    Source: arXiv 2310.15141, algorithm 2. Raises ValueError: the candidates are not independent draws.
     """
-    constants = k_seq_constants(p, q, max(1, len(candidates)))
-    for index, token in enumerate(candidates):
-        chance = float(q[token]) * constants.rho
-        yield Trial(index, float(p[token]) / chance if chance > 0 else 0.0, p)
-    yield Trial(-1, 1.0, constants.residual.to(p.dtype) if candidates else p)
+    if not at.candidates.shape[-1]:
+        yield end(at.p)
+        return
+    if at.drawn != "with_replacement" or at.q is None:
+        raise ValueError(f"K-SEQ needs independent draws of q, but the candidates are drawn {at.drawn!r}")
+    count = (at.candidates >= 0).sum(-1)
+    constants = k_seq_constants(at.p, at.q, count.clamp(min=1))
+    rho = constants.rho.to(at.p.dtype)
+    for index, x in enumerate(at.candidates.unbind(-1)):
+        yield Trial(index, quotient(chance(at.p, x), rho * chance(at.q, x)), at.p)
+    yield end(torch.where((count > 0)[..., None], constants.residual.to(at.p.dtype), at.p))

@@ -11,104 +11,90 @@ delta bounds each p^x, not the law of the emitted token: p uniform on n groups o
 k/(k + 1) in total variation at delta = k / (n (k + 1)). `lantern_budget` moves the mass first, once for all candidates of the position,
 and then verifies exactly against the moved law; so the loss of a position is at most eps.
 
-V vocabulary, k neighbours. Shapes: neighbours [V, >= k] (> k for the reference's residual).
+Shapes: ... any, V vocabulary, C candidates, k neighbours.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vistok.decoding.accept.exact import Drawn, draft_law, recursive_rejection
-from vistok.decoding.accept.rounds import Trial, leftover
-from vistok.quantizers.lookup import nearest_codes
+from vistok.decoding.accept.neighbours import Neighbours, nearest_tokens
+from vistok.decoding.accept.registry import accept_rule, law_rule
+from vistok.decoding.accept.relaxed import blend
+from vistok.decoding.accept.rounds import Position, Trial, chance, draws, end, leftover, quotient
+
+Residual = Literal["corrected", "reference"]
 
 
-def neighbour_table(codebook: Tensor, k: int, *, metric: Literal["euclidean", "cosine"] = "euclidean") -> Tensor:
-    """The k nearest other tokens of each token, nearest first: [V, k] int32.
+def aggregated(p: Tensor, tokens: Tensor, near: Tensor, *, delta: float | None = None, multiple: float | None = None) -> Tensor:
+    """Which of the neighbours near [..., k] lend the tokens [...] their probability: the first m, [..., k] bool.
 
-    codebook: [V, d]. metric: that of the tokenizer's own lookup; LlamaGen's is "cosine", though LANTERN's published tables are "euclidean".
-    Memory: a block of scores at a time, never V x V. Raises ValueError: k is not in [1, V - 1].
+    Exactly one of delta and multiple (lambda) is given. Raises ValueError: both or neither.
     """
-    V = len(codebook)
-    if not 1 <= k < V:
-        raise ValueError(f"k={k} neighbours but {V} codes have 1 to {V - 1} others")
-    nearest = nearest_codes(codebook, codebook, metric=metric, k=k + 1)
-    is_other = nearest != torch.arange(V, device=nearest.device)[:, None]
-    is_other[:, -1] &= ~is_other.all(1)  # a code with k + 1 equals may not find itself: drop the last then
-    return nearest[is_other].view(V, k).int()
-
-
-def num_aggregated(p: Tensor, token: int, neighbours: Tensor, *, k: int, delta: float | None = None, multiple: float | None = None) -> int:
-    """m: how many neighbours of the token lend it their probability. Exactly one of delta and multiple (lambda) is given."""
     if (delta is None) == (multiple is None):
         raise ValueError(f"give delta (LANTERN) or multiple (LANTERN++), not both or neither: delta={delta}, multiple={multiple}")
-    bound = delta if delta is not None else (multiple - 1) * float(p[token])
-    return int((p[neighbours[token, :k].long()].cumsum(0) <= bound).sum())
+    bound = delta if delta is not None else (multiple - 1) * chance(p, tokens)[..., None]
+    return p.gather(-1, near).cumsum(-1) <= bound
 
 
+@accept_rule("lantern", paper="2410.03355")
 def lantern(
-    p: Tensor,
-    candidates: Sequence[int],
-    q: Tensor | None,
-    neighbours: Tensor,
+    at: Position,
     *,
-    k: int,
-    delta: float | None = None,
+    neighbours: Neighbours,
+    k: int = 1000,
+    delta: float | None = 0.1,
     multiple: float | None = None,
-    residual: Literal["paper", "reference"] = "paper",
-    drawn: Drawn = "without_replacement",
-    chances: Sequence[float] | None = None,
+    residual: Residual = "corrected",
+    chances: Tensor | None = None,
 ) -> Iterator[Trial]:
     """LANTERN (delta) and LANTERN++ (multiple) at one position; lossy, and by how much nothing here bounds: see `lantern_budget`.
 
-    p: [V] target law. candidates: distinct tokens in order of drawing. q: [V] draft law, None where drawn is "deterministic".
-    residual: "paper" draws from norm([p^x - q]+) after a rejection. "reference" does as the published code does where m > 0: of
-    deterministic candidates the k + 1 nearest lose their mass, of drawn ones the draft loses its mass there; and an empty residual
+    residual: "corrected" draws from norm([p^x - q]+) after a rejection. "reference" does as the published code does where m > 0: of
+    candidates that were not drawn the k + 1 nearest lose their mass, of drawn ones the draft loses its mass there; and an empty residual
     becomes uniform on all tokens.
-    chances: q of each candidate given the draws before it, where these hold more than the candidates (a tree that tries some of its draws).
+    chances: [..., C], q of each candidate given the draws before it, where these hold more than the candidates (a tree that tries some of
+    its draws).
     """
-    if (q is None) != (drawn == "deterministic"):
-        raise ValueError(f"candidates drawn {drawn!r} {'need the' if q is None else 'have no'} draft law q")
-    r = p
-    for index, token in enumerate(candidates):
-        m = num_aggregated(r, token, neighbours, k=k, delta=delta, multiple=multiple)
-        near = neighbours[token, :k].long()
-        mass = r[token] + r[near[:m]].sum()
-        q_k = draft_law(q, candidates[:index], drawn) if q is not None else torch.zeros_like(p)
-        if q is None:
-            q_k[token] = 1
-        chance = float(q_k[token]) if chances is None else float(chances[index])
-        yield Trial(index, float(mass) / chance if chance > 0 else 0.0, r)
-        if chance <= 0:
-            continue
-        if residual == "paper":
-            moved = r.clone()
-            moved[near[:m]] = 0
-            moved[token] = mass
-            r = leftover(moved, q_k)
+    r = at.p
+    for index, x, q_k in draws(at):
+        near = nearest_tokens(neighbours, x, k)
+        lends = aggregated(r, x, near, delta=delta, multiple=multiple)
+        mass = chance(r, x) + (r.gather(-1, near) * lends).sum(-1)
+        drawn_with = chance(q_k, x) if chances is None else chances[..., index]
+        yield Trial(index, quotient(mass, drawn_with), r)
+        if residual == "corrected":
+            moved = r.scatter(-1, near, torch.where(lends, 0.0, r.gather(-1, near)))
+            moved = moved.scatter(-1, x.clamp(min=0)[..., None], mass[..., None])
+            after = leftover(moved, q_k)
         else:
-            wide = neighbours[token, : k + 1].long() if m else near[:0]
-            r = _reference_residual(r, token, wide, q_k, is_drawn=q is not None)
-    yield Trial(-1, 1.0, r)
+            wide = nearest_tokens(neighbours, x, k + 1)
+            after = _reference_residual(r, x, wide, lends.any(-1, keepdim=True), q_k, is_drawn=at.q is not None)
+        r = torch.where((drawn_with > 0)[..., None], after, r)
+    yield end(r)
 
 
-def _reference_residual(r: Tensor, token: int, near: Tensor, q_k: Tensor, *, is_drawn: bool) -> Tensor:
+def _reference_residual(r: Tensor, x: Tensor, wide: Tensor, has_neighbours: Tensor, q_k: Tensor, *, is_drawn: bool) -> Tensor:
     if is_drawn:
-        q_k = q_k.clone()
-        q_k[near] = 0
-        rest = (r - q_k).clamp(min=0)
+        rest = (r - q_k.scatter(-1, wide, torch.where(has_neighbours, 0.0, q_k.gather(-1, wide)))).clamp(min=0)
     else:
-        rest = r.clone()
-        rest[near] = 0
-        rest[token] = 0
-    total = rest.sum()
-    return rest / total if total > 0 else torch.full_like(rest, 1 / len(rest))
+        rest = r.scatter(-1, wide, torch.where(has_neighbours, 0.0, r.gather(-1, wide))).scatter(-1, x.clamp(min=0)[..., None], 0.0)
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), 1 / rest.shape[-1])
+
+
+@accept_rule("lantern++", paper="2502.06352")
+def lantern_plus(
+    at: Position, *, neighbours: Neighbours, k: int = 1000, multiple: float = 2.0, residual: Residual = "corrected"
+) -> Iterator[Trial]:
+    """LANTERN++: a token takes at most multiple - 1 times its own probability from its neighbours."""
+    return lantern(at, neighbours=neighbours, k=k, delta=None, multiple=multiple, residual=residual)
 
 
 def accepts_greedily(
-    logits: Tensor, token: int, neighbours: Tensor | None, *, k: int = 0, delta: float | None = None, multiple: float | None = None
+    logits: Tensor, token: int, neighbours: Neighbours | None, *, k: int = 0, delta: float | None = None, multiple: float | None = None
 ) -> bool:
     """Whether the token is the most probable once it has its neighbours' probability, while they keep theirs.
 
@@ -116,44 +102,74 @@ def accepts_greedily(
     """
     if neighbours is None:
         return int(logits.argmax()) == token
-    p = logits.float().softmax(-1)
-    m = num_aggregated(p, token, neighbours, k=k, delta=delta, multiple=multiple)
+    p, x = logits.float().softmax(-1), torch.tensor(token, device=logits.device)
+    near = nearest_tokens(neighbours, x, k)
+    lends = aggregated(p, x, near, delta=delta, multiple=multiple)
     raised = p.clone()
-    raised[token] += p[neighbours[token, :m].long()].sum()
+    raised[token] += (p[near] * lends).sum()
     return int(raised.argmax()) == token
 
 
-def move_mass(p: Tensor, candidates: Sequence[int], neighbours: Tensor, *, k: int, eps: float) -> Tensor:
-    """Law [V] within eps of p in total variation: up to eps of probability is moved to the candidates from their neighbours, nearest first.
+def move_mass(p: Tensor, candidates: Tensor, neighbours: Neighbours, *, k: int, eps: float) -> Tensor:
+    """Laws within eps of p in total variation: up to eps of probability is moved to candidates that were not drawn.
 
-    All candidates share eps and none is robbed; at equal rank the earlier candidate takes first.
+    p: [..., V]; candidates: [..., C]. From their neighbours, nearest first. All candidates share eps and none is robbed; at equal rank
+    the earlier candidate takes first.
     """
-    if not 0 <= eps <= 1:
-        raise ValueError(f"eps={eps} but a total variation is in [0, 1]")
-    moved = p.clone()
-    if not candidates or eps == 0:
-        return moved
-    targets = torch.as_tensor(candidates, device=p.device)
-    takers = targets.repeat(k)  # [k * C], by rank and then by candidate
-    givers = neighbours[targets, :k].long().t().reshape(-1)
-    gives = torch.where(torch.isin(givers, targets), torch.zeros_like(p[givers]), p[givers])
+    V, C = p.shape[-1], candidates.shape[-1]
+    if not C or eps == 0:
+        return p
+    near = nearest_tokens(neighbours, candidates, k)  # [..., C, k]
+    givers = near.transpose(-1, -2).flatten(-2)  # by rank and then by candidate
+    takers = candidates[..., None, :].expand(*candidates.shape[:-1], near.shape[-1], C).flatten(-2)
+    is_taker = one_or_more(candidates, V)
+    gives = torch.where(is_taker.gather(-1, givers) | (takers < 0), 0.0, p.gather(-1, givers))
     # a token near several candidates gives once, to the first of them
-    order = torch.arange(len(givers), device=p.device)
-    first = torch.full((len(p),), len(givers), device=p.device).scatter_reduce_(0, givers, order, "amin")
-    gives = torch.where(first[givers] == order, gives, torch.zeros_like(gives))
-    before = gives.cumsum(0) - gives
+    order = torch.arange(givers.shape[-1], device=p.device).expand_as(givers)
+    order = torch.where(takers < 0, len(order.flatten()) + V, order)
+    first = torch.full(p.shape, order.shape[-1] + V, device=p.device).scatter_reduce(-1, givers, order, "amin")
+    gives = torch.where(first.gather(-1, givers) == order, gives, 0.0)
+    before = gives.cumsum(-1) - gives
     gives = torch.minimum(gives, (eps - before).clamp(min=0))
-    moved.index_add_(0, givers, -gives)
-    moved.index_add_(0, takers, gives)
-    return moved.clamp(min=0)
+    return p.scatter_add(-1, givers, -gives).scatter_add(-1, takers.clamp(min=0), gives).clamp(min=0)
 
 
-def lantern_budget(p: Tensor, candidates: Sequence[int], neighbours: Tensor, *, k: int, eps: float) -> Iterator[Trial]:
+def one_or_more(tokens: Tensor, V: int) -> Tensor:
+    """Which of V tokens are among tokens [..., C]: [..., V] bool."""
+    counts = torch.zeros(*tokens.shape[:-1], V, dtype=torch.int64, device=tokens.device)
+    return counts.scatter_add(-1, tokens.clamp(min=0), (tokens >= 0).long()) > 0
+
+
+def carry_mass(p: Tensor, q: Tensor, neighbours: Neighbours, *, k: int, eps: float, takers: int = 256) -> Tensor:
+    """Laws at total variation min(eps, TV(p, q)) of p, on the way from p to q [..., V], moving mass to near tokens first.
+
+    Tokens with q > p take from neighbours with p > q, rank by rank, those who want the same token in proportion; what is left of eps
+    is spent as a blend. Only the `takers` tokens that lack most take from neighbours. Depends on p and q alone, not on what was drawn.
+    """
+    short, tokens = (q - p).clamp(min=0).topk(min(takers, p.shape[-1]), dim=-1)
+    near = nearest_tokens(neighbours, tokens, k)  # [..., takers, k]
+    surplus, gained = (p - q).clamp(min=0), torch.zeros_like(short)
+    v, left = p, torch.full_like(p[..., :1], eps)
+    for givers in near.unbind(-1):
+        wanted = torch.zeros_like(p).scatter_add(-1, givers, short)
+        share = quotient(surplus, wanted).clamp(max=1).gather(-1, givers)
+        moved = short * share
+        moved = moved * quotient(left, moved.sum(-1, keepdim=True)).clamp(max=1)
+        short, gained, left = short - moved, gained + moved, (left - moved.sum(-1, keepdim=True)).clamp(min=0)
+        surplus = surplus.scatter_add(-1, givers, -moved).clamp(min=0)
+    v = torch.minimum(p, q) + surplus  # what is left where p was larger, and below what the takers have
+    v = v.scatter_add(-1, tokens, gained)
+    return blend(v, q, left[..., 0])
+
+
+@law_rule("lantern_budget", bound="eps", paper="this library, after 2410.03355")
+def lantern_budget(at: Position, *, neighbours: Neighbours, k: int = 10, eps: float = 0.1) -> Tensor:
     """Relaxed acceptance with a certificate: the emitted token has a law within eps of p in total variation.
 
-    p: [V]. candidates: not drawn (the best children of a tree, table look-ups). Exact verification against `move_mass(p, ...)`, whose
-    choice is made before any uniform is seen; the candidates are accepted with p(candidates) + the mass moved, and
-    no rule gains more than eps for a loss of eps.
+    Exact verification against a law near p that favours the candidates; it is chosen before any uniform is seen, and for drawn candidates
+    from p and q alone. One drawn candidate is so accepted with eps more than by the exact rule, and no rule gains more for a loss of eps.
     Source: this library; the bound follows from the exactness of recursive rejection.
     """
-    return recursive_rejection(move_mass(p, candidates, neighbours, k=k, eps=eps), candidates, None, drawn="deterministic")
+    if at.q is None:
+        return move_mass(at.p, at.candidates, neighbours, k=k, eps=eps)
+    return carry_mass(at.p, at.q, neighbours, k=k, eps=eps)

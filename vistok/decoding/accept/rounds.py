@@ -1,17 +1,36 @@
 """What an acceptance rule is: the candidates of one position in the order they are tried, each with its chance.
 
 A rule is a generator of `Trial`s. It is resumed only where the trial before was rejected, so a residual is computed only when it is
-needed; its last trial has index -1: nothing was accepted, the token is drawn from `law`. The same trials are used to decide (`decide`),
-with one uniform a candidate, and to write down the law of the emitted token (`emitted_law`), which is how every rule is tested.
+needed; its last trial has index -1: nothing was accepted, the token is drawn from `law`. The same trials are used to decide (`decide`,
+`decide_rows`, `walk_chains`, `walk_tree`), with one uniform a candidate, and to write down the law of the emitted token (`emitted_law`),
+which is how every rule is tested.
 
-V vocabulary; p target law, q draft law, u uniform on [0, 1).
+Shapes: ... any leading dimensions (rows, depths, test cases), C candidates, V vocabulary, g drafts of a chain, D width.
+p target law, q draft law, u uniform on [0, 1).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+Drawn = Literal["with_replacement", "without_replacement", "deterministic"]
+
+
+class Position(NamedTuple):
+    """All that a rule may look at: one position of the draft, in any number of rows at once."""
+
+    p: Tensor
+    """[..., V] target law, after guidance and warping."""
+    candidates: Tensor
+    """[..., C] int64, drafted tokens in the order of drawing; -1 for none, at the end."""
+    q: Tensor | None = None
+    """[..., V] law of the first draw; None where drawn is "deterministic": the candidates are the best of a tree or come from a table."""
+    drawn: Drawn = "deterministic"
+    """How the candidates came about: independent draws of q, draws without replacement, or no draws."""
+    hidden: Tensor | None = None
+    """[..., C, D] what the target knows of each candidate: its last hidden state there, normed as its output layer reads it."""
 
 
 class Trial(NamedTuple):
@@ -19,19 +38,21 @@ class Trial(NamedTuple):
 
     index: int
     """Which candidate; -1 ends the list."""
-    ratio: float
-    """It is accepted where u < ratio; 1 or more is certain."""
+    ratio: Tensor
+    """[...]; it is accepted where u < ratio; 1 or more is certain."""
     law: Tensor
-    """[V], the target law at this moment: what the token is drawn from if no more candidates are tried."""
+    """[..., V], the target law at this moment: what the token is drawn from if no more candidates are tried."""
+    spent: Tensor | None = None
+    """[...], of a first trial: total variation between the law that the position emits and p; None where it is 0 or not known."""
 
 
 class Decision(NamedTuple):
     """How a position, a chain or a tree ended."""
 
     accepted: int
-    """Index of the accepted candidate, -1 for none; of a chain or tree the number of accepted tokens."""
+    """Index of the accepted candidate, -1 for none; of a chain the number of accepted tokens."""
     law: Tensor
-    """[V] law the token is drawn from where none was accepted; of a chain or tree the law of the token after the accepted ones."""
+    """[V] law the token is drawn from where none was accepted; of a chain the law of the token after the accepted ones."""
     num_uniforms: int
     """Uniforms used, one for each candidate that was tried."""
 
@@ -47,8 +68,54 @@ class TreeDecision(NamedTuple):
     """Uniforms used, one for each node that was tried."""
 
 
-Rule = Callable[[Tensor, list[int], int], Iterable[Trial]]
-"""rule(p [V], nodes, parent): the trials of the children `nodes` of the accepted node `parent`."""
+Rule = Callable[[Position], Iterable[Trial]]
+
+
+def chance(law: Tensor, tokens: Tensor) -> Tensor:
+    """law(tokens) [...] of laws [..., V] and tokens [...]; 0 for the token -1."""
+    return law.gather(-1, tokens.clamp(min=0)[..., None])[..., 0] * (tokens >= 0)
+
+
+def one_hot(tokens: Tensor, like: Tensor) -> Tensor:
+    """Laws as `like` [..., V] with all mass on tokens [...]; none for the token -1."""
+    return torch.zeros_like(like).scatter(-1, tokens.clamp(min=0)[..., None], (tokens >= 0).to(like.dtype)[..., None])
+
+
+def leftover(p: Tensor, q: Tensor) -> Tensor:
+    """norm([p - q]+) [..., V]. Where q covers p nothing can have been rejected, and p is returned: never a law outside its support."""
+    rest = (p - q).clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(p.dtype).tiny), p)
+
+
+def draws(at: Position) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The candidates one by one: index, tokens [...], and the law [..., V] each was drawn from, given those before it.
+
+    q; without replacement q(x) 1[x not in earlier] / (1 - q(earlier)); 1 at the token where nothing was drawn. Where a token is absent or
+    could not be drawn, that law is 0 and no rule accepts it or learns from it.
+    Raises ValueError: q is missing, or given with deterministic candidates.
+    """
+    if (at.q is None) != (at.drawn == "deterministic") and at.candidates.shape[-1]:
+        raise ValueError(f"candidates drawn {at.drawn!r} {'need the' if at.q is None else 'have no'} draft law q")
+    rest = at.q
+    for index, tokens in enumerate(at.candidates.unbind(-1)):
+        if at.q is None:
+            yield index, tokens, one_hot(tokens, at.p)
+            continue
+        yield index, tokens, torch.where((chance(rest, tokens) > 0)[..., None], rest, 0.0)
+        if at.drawn == "without_replacement":
+            rest = rest.scatter(-1, tokens.clamp(min=0)[..., None], 0.0)  # after an absent token no other comes
+            rest = rest / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)
+
+
+def quotient(mass: Tensor, q: Tensor) -> Tensor:
+    """mass / q, and 0 where q is 0: what cannot be drawn is not accepted."""
+    return torch.where(q > 0, mass / q.clamp(min=torch.finfo(q.dtype).tiny), 0.0)
+
+
+def end(law: Tensor) -> Trial:
+    """The last trial: no candidate is left, the token is drawn from law [..., V]."""
+    return Trial(-1, torch.ones_like(law[..., 0]), law)
 
 
 def decide(trials: Iterable[Trial], uniforms: Iterator[float]) -> Decision:
@@ -58,39 +125,84 @@ def decide(trials: Iterable[Trial], uniforms: Iterator[float]) -> Decision:
         if trial.index < 0:
             break
         used += 1
-        if next(uniforms) < trial.ratio:
+        if next(uniforms) < float(trial.ratio):
             break
     return Decision(trial.index, trial.law, used)
 
 
-def emitted_law(trials: Iterable[Trial], candidates: Sequence[int]) -> Tensor:
-    """Law [V] of the token that a position emits, given its candidates; averaged over their draws it is the law of the rule."""
-    law, reached = None, 1.0
+def decide_rows(trials: Iterable[Trial], uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the trials of many positions at once. uniforms: [..., C], one a candidate, used or not.
+
+    Returns the accepted candidate [...], -1 for none, and the law [..., V] of the token where none was.
+    """
+    accepted = torch.full(uniforms.shape[:-1], -1, device=uniforms.device)
     for trial in trials:
-        law = torch.zeros_like(trial.law) if law is None else law
         if trial.index < 0:
-            return law + reached * trial.law
-        accepted = min(1.0, trial.ratio)
-        law[candidates[trial.index]] += reached * accepted
-        reached *= 1 - accepted
+            return accepted, trial.law
+        takes = (accepted < 0) & (uniforms[..., trial.index] < trial.ratio)
+        accepted = torch.where(takes, trial.index, accepted)
+        if accepted.device.type == "cpu" and bool((accepted >= 0).all()):  # an accelerator is not asked: waiting costs more than it saves
+            return accepted, trial.law
     raise ValueError("the rule ended without a trial of index -1")
 
 
-def leftover(p: Tensor, q: Tensor) -> Tensor:
-    """norm([p - q]+) [V]. Where q covers p nothing can have been rejected, and p is returned: never a law outside its support."""
-    rest = (p - q).clamp(min=0)
-    total = rest.sum()
-    return rest / total if total > 0 else p
+def verify(at: Position, law: Tensor | None = None) -> Iterator[Trial]:
+    """Recursive rejection: accept x_k with r(x_k)/q_k(x_k), else go on with r = norm([r - q_k]+). Exact for `law`, p by default.
+
+    A candidate of draft law 0 is not one of the draft's and is passed over.
+    Source: arXiv 2402.14160, algorithm 2; with one candidate 2211.17192, algorithm 1.
+    """
+    r = at.p if law is None else law
+    spent = None if law is None else 0.5 * (law - at.p).abs().sum(-1)
+    for index, x, q_k in draws(at):
+        yield Trial(index, quotient(chance(r, x), chance(q_k, x)), r, spent)
+        r = leftover(r, q_k)
+    yield Trial(-1, torch.ones_like(r[..., 0]), r, spent)
+
+
+def emitted_law(trials: Iterable[Trial], candidates: Tensor) -> Tensor:
+    """Law [..., V] of the token that a position emits, given its candidates [..., C]; averaged over their draws it is the rule's law."""
+    law = reached = None
+    for trial in trials:
+        if law is None:
+            law, reached = torch.zeros_like(trial.law), torch.ones_like(trial.law[..., 0])
+        if trial.index < 0:
+            return law + reached[..., None] * trial.law
+        accepted = reached * trial.ratio.clamp(max=1)
+        law = law.scatter_add(-1, candidates[..., trial.index, None].clamp(min=0), accepted[..., None])
+        reached = reached - accepted
+    raise ValueError("the rule ended without a trial of index -1")
+
+
+def walk_chains(
+    rule: Rule, p: Tensor, tokens: Tensor, q: Tensor | None, uniforms: Tensor, *, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Accept the first tokens of each chain one after another: speculative sampling of B sequences in two calls of the rule.
+
+    p: [B, g + 1, V] after 0 to g draft tokens. tokens: [B, g], -1 behind a chain's end. q: [B, g, V], None for drafts that were not drawn.
+    uniforms: [B, g]. hidden: [B, g, D] at the drafts.
+    Returns the number accepted [B] and the law [B, V] of the next token: the residual, or where all were accepted the law behind them.
+    Source: Leviathan et al. 2023, arXiv 2211.17192, algorithm 1.
+    """
+    B, g = tokens.shape
+    drawn = "deterministic" if q is None else "with_replacement"
+    if not g:
+        return tokens.new_zeros(B), p[:, 0]
+    at = Position(p[:, :g], tokens[..., None], q, drawn, None if hidden is None else hidden[:, :, None])
+    takes = (uniforms < next(iter(rule(at))).ratio) & (tokens >= 0)
+    accepted = takes.long().cumprod(1).sum(1)
+    rows, depth = torch.arange(B, device=tokens.device), accepted.clamp(max=g - 1)
+    refused = Position(*(part if part is None or isinstance(part, str) else part[rows, depth] for part in at))
+    _, law = decide_rows(rule(refused), torch.full((B, 1), float("inf"), device=p.device))
+    ran_out = (accepted == (tokens >= 0).sum(1))[:, None]
+    return accepted, torch.where(ran_out, p[rows, accepted], law)
 
 
 def walk_chain(laws: Tensor, tokens: Tensor, draft_laws: Tensor | None, uniforms: Iterable[float]) -> Decision:
-    """Accept the first tokens of a draft one after another: speculative sampling of a sequence.
+    """`walk_chains` with the standard rule for one sequence, step by step.
 
-    laws: [g + 1, V], p after 0 to g draft tokens. tokens: [g]. draft_laws: [g, V], or None for a draft that was not drawn (q is 1 at its
-    token).
+    laws: [g + 1, V]. tokens: [g]. draft_laws: [g, V], or None for a draft that was not drawn (q is 1 at its token).
     uniforms: one for each token that is tried.
-    Returns how many were accepted and the law of the next token: the residual, or the last law where all were.
-    Source: Leviathan et al. 2023, arXiv 2211.17192, algorithm 1.
     """
     source, used = iter(uniforms), 0
     for i, token in enumerate(tokens.tolist()):
@@ -104,13 +216,20 @@ def walk_chain(laws: Tensor, tokens: Tensor, draft_laws: Tensor | None, uniforms
 
 
 def walk_tree(
-    parents: Sequence[int], tokens: Sequence[int], law_of: Callable[[int], Tensor], rule: Rule, uniforms: Iterable[float]
+    parents: Sequence[int],
+    tokens: Sequence[int],
+    law_of: Callable[[int], Tensor],
+    rule: Callable[[Tensor, list[int], int], Iterable[Trial]],
+    uniforms: Iterable[float],
+    *,
+    has_repeats: bool = False,
 ) -> TreeDecision:
     """Descend from the root, at each node to the child that the rule accepts, until it accepts none.
 
-    parents, tokens: of each node, parents before children, -1 for the root 0. Children are tried in the order of their ids; of children
-    with the same token the first counts, and the children of all of them are its children.
-    law_of: node -> p [V], asked for visited nodes only. uniforms: one for each node that is tried.
+    parents, tokens: of each node, parents before children, -1 for the root 0. Children are tried in the order of their ids; the children of
+    all siblings with the accepted token come next. law_of: node -> p [V], asked for visited nodes only.
+    rule: (p [V], child nodes, their parent) -> trials. uniforms: one for each node that is tried.
+    has_repeats: each of several siblings with one token is tried, as draws with replacement must be; otherwise the first alone.
     """
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents):
@@ -118,16 +237,16 @@ def walk_tree(
             children[parent].append(node)
     source, used, group, last = iter(uniforms), 0, [0], 0
     while True:
+        nodes = [child for node in group for child in children[node]]
         by_token: dict[int, list[int]] = {}
-        for node in group:
-            for child in children[node]:
-                by_token.setdefault(tokens[child], []).append(child)
-        candidates = list(by_token.values())
-        decision = decide(rule(law_of(group[0]), [same[0] for same in candidates], group[0]), source)
+        for child in nodes:
+            by_token.setdefault(tokens[child], []).append(child)
+        tried = nodes if has_repeats else [same[0] for same in by_token.values()]
+        decision = decide(rule(law_of(group[0]), tried, group[0]), source)
         used += decision.num_uniforms
         if decision.accepted < 0:
             return TreeDecision(_path(parents, last), decision.law, used)
-        group = candidates[decision.accepted]
+        group = by_token[tokens[tried[decision.accepted]]]
         last = group[0]
 
 

@@ -12,6 +12,7 @@ ALONE = [name for name, recipe in RECIPES.items() if name.endswith("-tiny") and 
 TOKENIZER_OF = {
     "gpt-tiny": "fsq2d-tiny",
     "gpt-mixed-tiny": "fsq2d-tiny",
+    "gpt-exposure-tiny": "fsq2d-tiny",
     "var-tiny": "var-vqvae-tiny",
     "maskgit-tiny": "titok-tiny",
     "rar-tiny": "titok-tiny",

@@ -22,7 +22,8 @@ TokenizerRecipe = Literal[
     "var-vqvae-tiny", "var-vqvae-imagenet256",
 ]
 GeneratorRecipe = Literal[
-    "gpt-tiny", "gpt-emoji", "gpt-emoji-16", "gpt-mixed-tiny", "gpt-mixed-emoji", "var-tiny", "var-imagenet256", "gpt-imagenet256",
+    "gpt-tiny", "gpt-emoji", "gpt-emoji-16", "gpt-mixed-tiny", "gpt-mixed-emoji", "gpt-exposure-tiny", "gpt-exposure-emoji",
+    "var-tiny", "var-imagenet256", "gpt-imagenet256",
     "maskgit-tiny", "maskgit-imagenet256", "rar-tiny", "rar-imagenet256",
 ]
 

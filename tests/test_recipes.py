@@ -15,7 +15,7 @@ TOKENIZER_OF = {
     "gpt-exposure-tiny": "fsq2d-tiny",
     "var-tiny": "var-vqvae-tiny",
     "maskgit-tiny": "titok-tiny",
-    "rar-tiny": "titok-tiny",
+    "rar-tiny": "titok-tiny", "xar-tiny": "vae-tiny",
 }
 
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from vistok import rng
 from vistok.decoding import GenerationStats, SamplingConfig, generate, step_sizes
-from vistok.generators import TextEncoder
+from vistok.decoding.flow import check_values, code_table, generate_values, makes_values, partial_tokens
+from vistok.generators import FlowSampling, TextEncoder
 from vistok.image import to_pil
 from vistok.modeling import MAX_CONFIG_BYTES, VisualModel, read_config
 from vistok.registry import model_class, resolve
@@ -58,7 +59,7 @@ class TokenImageOutput(BaseOutput):
 class TokenImagePipeline(DiffusionPipeline):
     """Labels or captions -> tokens -> images.
 
-    generator: predicts ids (`vistok.generators`). tokenizer: decodes them (`vistok.tokenizers`).
+    generator: predicts ids, or values (xAR), which are snapped to the codes of a tokenizer that has any. tokenizer: decodes them.
     Raises ValueError: they do not speak the same codebook.
     """
 
@@ -67,7 +68,9 @@ class TokenImagePipeline(DiffusionPipeline):
 
     def __init__(self, generator, tokenizer):
         super().__init__()
-        if generator.vocab_size != tokenizer.codebook_size:
+        if makes_values(generator):
+            check_values(generator, tokenizer)
+        elif generator.vocab_size != tokenizer.codebook_size:
             raise ValueError(
                 f"the generator predicts {generator.vocab_size} codes but the tokenizer has {tokenizer.codebook_size}: "
                 "they were not trained together"
@@ -99,6 +102,10 @@ class TokenImagePipeline(DiffusionPipeline):
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        num_steps: int | None = None,
+        final_steps: int | None = None,
+        solver: str | None = None,
+        prefix: Tensor | None = None,
         seed: int | None = None,
         generators: Sequence[torch.Generator] | None = None,
         batch_size: int = 32,
@@ -112,13 +119,16 @@ class TokenImagePipeline(DiffusionPipeline):
         num_images: for each label or prompt; images of one come one after the other.
         num_tokens: tokens an image; a tokenizer of ordered tokens (FlexTok) decodes any number, one of scales (VAR) whole scales, a grid
         needs all, the default.
-        guidance_scale: 1 is off; or a function of the step; VAR rises to it from scale to scale.
-        temperature, top_k, top_p, min_p: see `SamplingConfig`.
+        guidance_scale: 1 is off; or a function of the step; VAR rises to it from scale to scale, xAR from entity to entity.
+        temperature, top_k, top_p, min_p: of a generator of ids, see `SamplingConfig`.
+        num_steps, final_steps, solver: of xAR, see `FlowSampling`; what is not given is as there. prefix: [n, slots, C] values of each
+        image's first entities, as xAR's callback got them, from which the same seed goes on.
         seed: of image i's own generator, with i; drawn and returned when there are no generators. generators: one an image, instead.
         batch_size: images in memory at once; the result does not depend on it.
         decode_options: for `tokenizer.decode`, such as a flow decoder's num_steps and guidance_scale.
         output_type: "pil", or values in [0, 1] as "pt" [n, 3, H, W] or "np" [n, H, W, 3].
-        callback_on_step_end: called with (pipeline, step, ids so far) after each step, a token or a scale, of each batch.
+        callback_on_step_end: called with (pipeline, step, ids so far) after each step, a token or a scale, of each batch; xAR's with
+        (pipeline, entity, values of all slots so far). `partial_images` shows them.
         Raises ValueError: an unknown label (the nearest class is named), a condition that the generator cannot read, a wrong number.
         """
         if output_type not in ("pil", "pt", "np"):
@@ -132,7 +142,8 @@ class TokenImagePipeline(DiffusionPipeline):
         texts = None if texts is None else [text for text in texts for _ in range(num_images)]
         total = conditions * num_images
         generators, seed = self._generators(generators, seed, total)
-        sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        draw = self._draw(SamplingConfig(**choice), dict(num_steps=num_steps, final_steps=final_steps, solver=solver), prefix, total)
         low, high = self.tokenizer.min_tokens, self.generator.max_tokens
         steps = high if num_tokens is None else num_tokens
         if isinstance(steps, bool) or not isinstance(steps, int) or not low <= steps <= high:
@@ -150,12 +161,11 @@ class TokenImagePipeline(DiffusionPipeline):
 
             for start in range(0, total, batch_size):
                 rows = slice(start, start + batch_size)
-                tokens, cost = generate(
-                    self.generator,
+                tokens, cost = draw(
+                    rows,
                     self._condition(numbers and numbers[rows], texts and texts[rows], len(generators[rows])),
                     generators=generators[rows],
                     num_tokens=num_tokens,
-                    sampling=sampling,
                     guidance_scale=guidance_scale if numbers or texts else 1.0,
                     on_step=on_step,
                 )
@@ -165,6 +175,46 @@ class TokenImagePipeline(DiffusionPipeline):
                 stats = stats + replace(cost, decode_seconds=time.perf_counter() - began)
                 parts.append(tokens.to("cpu"))
         return TokenImageOutput(_as_output(torch.cat(pictures), output_type), VisualTokens.stack(parts), stats, seed)
+
+    def _draw(self, sampling: SamplingConfig, flow: dict[str, Any], prefix: Tensor | None, total: int) -> Callable:
+        """What draws the tokens of a batch: a function of its rows and the arguments that all generators share."""
+        flow = {name: value for name, value in flow.items() if value is not None}
+        if not makes_values(self.generator):
+            if flow or prefix is not None:
+                raise ValueError(f"{next(iter(flow), 'prefix')} is of generators of values (xAR); this one draws ids")
+            return lambda rows, condition, **options: generate(self.generator, condition, sampling=sampling, **options)
+        if sampling != SamplingConfig():
+            raise ValueError(
+                "temperature, top_k, top_p and min_p choose among ids; this generator draws values: num_steps, solver, guidance_scale"
+            )
+        if prefix is not None and len(prefix) != total:
+            raise ValueError(f"prefix is of {len(prefix)} images, but {total} are asked for")
+        sampling, codes = FlowSampling(**flow), code_table(self.tokenizer)
+
+        def draw(rows: slice, condition, **options):
+            known = None if prefix is None else prefix[rows].to(self.generator.device)
+            tokens, cost = generate_values(self.generator, condition, codes=codes, sampling=sampling, prefix=known, **options)
+            return replace(tokens, layout=self.tokenizer.layout), cost
+
+        return draw
+
+    @torch.no_grad()
+    def partial_images(self, data: Tensor, *, output_type: str = "pil"):
+        """What the tokens that `callback_on_step_end` was given show.
+
+        data: of xAR, values [B, n, C] of the first entities: where nothing is known yet, the mean. Of other generators, ids [B, n] of a
+        tokenizer of ordered tokens. output_type: as in a call.
+        Raises ValueError: the tokenizer decodes no such beginning.
+        """
+        generator, tokenizer = self.generator, self.tokenizer
+        if makes_values(generator):
+            tokens = partial_tokens(generator, tokenizer, data)
+        elif data.shape[1] < tokenizer.min_tokens:
+            raise ValueError(f"{data.shape[1]} tokens show nothing: {type(tokenizer).__name__} decodes {tokenizer.min_tokens} or more")
+        else:
+            tokens = VisualTokens.from_ids(data, tokenizer.layout)
+        generators = rng.image_generators(0, len(data))
+        return _as_output(tokenizer.decode(tokens.to(tokenizer.device), generators=generators).float().cpu(), output_type)
 
     def _conditions(self, labels, prompts) -> tuple[list[int] | None, list[str] | None]:
         for name, value in (("labels", labels), ("prompts", prompts)):

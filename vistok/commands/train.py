@@ -25,6 +25,7 @@ GeneratorRecipe = Literal[
     "gpt-tiny", "gpt-emoji", "gpt-emoji-16", "gpt-mixed-tiny", "gpt-mixed-emoji", "gpt-exposure-tiny", "gpt-exposure-emoji",
     "var-tiny", "var-imagenet256", "gpt-imagenet256",
     "maskgit-tiny", "maskgit-imagenet256", "rar-tiny", "rar-imagenet256",
+    "xar-tiny", "xar-emoji", "xar-imagenet256",
 ]
 
 RECIPES_OWN = "default: the recipe's"
@@ -135,6 +136,7 @@ class TrainGenerator:
 
         vistok train generator --recipe gpt-tiny --tokenizer runs/first --out runs/first-gpt          seconds, to see that it works
         vistok train generator --recipe gpt-emoji --data PHOTOS --tokenizer runs/photos --out runs/photos-gpt       about 4 minutes
+        vistok train generator --recipe xar-emoji --tokenizer vistok/emoji-vae --order cell-2 --out runs/xar       about 20 minutes
     """
 
     recipe: GeneratorRecipe
@@ -147,6 +149,10 @@ class TrainGenerator:
     """Continue the run in OUT from its newest complete checkpoint."""
     tokens: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: tokenize --data)")] = None
     """A folder made by `vistok tokenize` with this tokenizer."""
+    order: optional(str, "ORDER", "default: what suits the tokens") = None
+    """What an xar recipe makes at once: token, patch, cell-K, subsample-Q, scale, scale-1-2-4-8, image, group-N or random-N."""
+    context: optional(Literal["noisy", "clean"], "{noisy,clean}", "default: noisy") = None
+    """How an xar recipe shows what came before: noisy, as published, or clean (teacher forcing)."""
     training: TrainOptions = TrainOptions()
     """How to train; what is not given is the recipe's."""
 
@@ -156,7 +162,14 @@ class TrainGenerator:
         if self.tokens is not None and self.training.data is not None:
             raise ValueError("give --data or --tokens, not both: a token folder holds its images' tokens already")
         folder = train_generator(
-            self.recipe, out=self.out, tokenizer=self.tokenizer, tokens=self.tokens, resume=self.resume, **self.training.overrides()
+            self.recipe,
+            out=self.out,
+            tokenizer=self.tokenizer,
+            tokens=self.tokens,
+            order=self.order,
+            context=self.context,
+            resume=self.resume,
+            **self.training.overrides(),
         )
         return report_run(folder, f"vistok generate --model {shlex.quote(str(folder))} --num-images 16 --out samples")
 

@@ -29,22 +29,38 @@ class Sources:
     """The VAE under a FlexTok."""
     image_size: int | None = None
     """Pixels the tokenizer is built for; None: the recipe's."""
+    num_images: int | None = None
+    """Images a tokenizer is trained on; None: as many as its codebook can use."""
     tokenizer: str | None = None
     """The tokenizer of a generator."""
     tokens: Any = None
     """TokenFolder a generator trains on."""
+    order: str | None = None
+    """The order of an xAR ("cell-2"); None: what suits the tokens."""
+    context: str | None = None
+    """How an xAR sees earlier entities in training; None: noisy."""
     held_out: Any = None
-    """TokenFolder of held-out images, to measure a generator on."""
+    """TokenFolder or images that are held out, to measure a generator or classifier on."""
+    dataset: Any = None
+    """The images a classifier is trained on."""
+    architecture: str | None = None
+    """Model of timm for a classifier; None: the recipe's."""
+    teacher: str | None = None
+    """A classifier to learn from."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """train: its settings; build: (sources) -> the task; num_tokens: tokens an image a generator is trained on, None for all."""
+    """train: its settings; build: (sources) -> the task; num_tokens: tokens an image a generator is trained on, None for all.
 
-    kind: Literal["tokenizer", "generator"]
+    takes: what a generator's recipe can be given besides: "order", "context", and "values", a continuous tokenizer's tokens.
+    """
+
+    kind: Literal["tokenizer", "generator", "classifier", "vlm", "teacher"]
     train: TrainConfig
     build: Callable[[Sources], TrainingTask]
     num_tokens: int | None = None
+    takes: frozenset[str] = frozenset()
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
@@ -74,27 +90,43 @@ def train_tokenizer(name: str, *, out: Path, vae: str | None = None, resume: boo
     chosen = get_recipe(name, "tokenizer")
     config = replace(chosen.train, out=Path(out), **overrides)
     dataset = open_dataset(config.data, image_size=config.image_size, on_bad_image=config.on_bad_image)
-    sources = Sources(vae=vae, image_size=overrides.get("image_size"))
+    sources = Sources(vae=vae, image_size=overrides.get("image_size"), num_images=len(dataset))
     task = seeded_build(lambda: chosen.build(sources), config.seed)
     return train(task, dataset, config, resume=resume, recipe_name=name)
 
 
-def train_generator(name: str, *, out: Path, tokenizer: str, tokens: Path | None = None, resume: bool = False, **overrides) -> Path:
+def train_generator(
+    name: str,
+    *,
+    out: Path,
+    tokenizer: str,
+    tokens: Path | None = None,
+    order: str | None = None,
+    context: str | None = None,
+    resume: bool = False,
+    **overrides,
+) -> Path:
     """Run a generator recipe on the tokens of `data` made by `tokenizer`; overrides replace fields of its TrainConfig.
 
     tokens: a folder made by `vistok tokenize`; without it the data set is tokenized first, into a folder `out`-tokens beside the run.
-    Returns the run folder.
+    order, context: of an xAR, see Sources.
+    Returns the run folder. Raises ValueError: the recipe takes no such option, or no continuous tokens.
     """
     import vistok
     from vistok.data import TokenFolder
 
     chosen = get_recipe(name, "generator")
     config = replace(chosen.train, out=Path(out), **overrides)
+    for option, value in (("order", order), ("context", context)):
+        if value is not None and option not in chosen.takes:
+            raise ValueError(f"{option}={value!r} is for xar recipes; {name} has none")
     held_out = None
     if tokens is None:
         model = vistok.load(tokenizer)
         if not hasattr(model, "encode"):
             raise ValueError(f"{tokenizer} is a {type(model).__name__}, not a tokenizer")
+        if model.codebook_size is None and "values" not in chosen.takes:
+            raise ValueError(f"{name} learns ids, but {tokenizer} makes continuous values; the xar recipes learn those")
         config = replace(config, image_size=int(model.settings.image_size[0]))
         token_folder = _tokenized(model, config, "train", chosen.num_tokens)
         try:
@@ -103,7 +135,7 @@ def train_generator(name: str, *, out: Path, tokenizer: str, tokens: Path | None
             logger.warning("no held-out loss: %s", error)
     else:
         token_folder = TokenFolder(tokens)
-    sources = Sources(tokenizer=tokenizer, tokens=token_folder, held_out=held_out)
+    sources = Sources(tokenizer=tokenizer, tokens=token_folder, held_out=held_out, order=order, context=context)
     task = seeded_build(lambda: chosen.build(sources), config.seed)
     return train(task, token_folder, config, resume=resume, recipe_name=name)
 
@@ -259,6 +291,18 @@ def _square(image_size: int | None) -> dict:
     return {} if image_size is None else {"image_size": (image_size, image_size)}
 
 
+VECTORS_A_CODE = 32  # in the data set: with fewer, k-means places codes on single vectors and held-out images leave them unused
+MIN_CODES = 16
+
+
+def _codebook_size(most: int, num_tokens: int, num_images: int | None) -> int:
+    """`most` codes, halved until the data set's tokens are VECTORS_A_CODE a code."""
+    size = most
+    while num_images is not None and size > MIN_CODES and num_images * num_tokens < size * VECTORS_A_CODE:
+        size //= 2
+    return size
+
+
 def _fsq2d(preset: str, **changes):
     def build(sources: Sources) -> TrainingTask:
         import vistok
@@ -346,4 +390,4 @@ def _gpt(shape: dict, make_task: Callable[..., TrainingTask] | None = None, **ta
 
 
 # each file registers its recipes; they use what is above, so they come last
-from vistok.training.recipes import gpt, lavit, orders, seed, titok, tokenflow, var, vqgan  # noqa: E402, F401
+from vistok.training.recipes import gpt, lavit, orders, seed, teacher, titok, tokenflow, var, vision, vqgan, xar  # noqa: E402, F401

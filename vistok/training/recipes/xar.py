@@ -1,0 +1,95 @@
+"""Recipes of xAR: flow matching of the next entity, over any tokenizer's tokens in any order (`--order cell-4`, `--context clean`)."""
+
+from pathlib import Path
+
+from vistok.training.config import TrainConfig
+from vistok.training.recipes import Recipe, Sources, _tiny, recipe
+from vistok.training.task import TrainingTask
+
+XAR_EMOJI = dict(
+    width=160, encoder_depth=2, decoder_depth=2, num_heads=5, hidden=288, text="hash", caption_tokens=7, caption_buckets=1024
+)  # fmt: skip
+_OPTIONS = frozenset({"values", "order", "context"})
+STATISTICS_IMAGES = 10_000  # at most so many images measure mean and deviation of the channels
+
+
+@recipe
+def xar_tiny() -> Recipe:
+    """A two-layer xAR over any tokenizer's tokens; seconds on two CPU cores."""
+    shape = dict(width=64, encoder_depth=1, decoder_depth=1, num_heads=2, hidden=128, text="hash", caption_tokens=3, caption_buckets=256)
+    return Recipe("generator", _tiny(image_size=32, max_steps=60), _xar(shape, preview_steps=4), takes=_OPTIONS)
+
+
+@recipe
+def xar_emoji() -> Recipe:
+    """Class and caption conditioned xAR, 4 layers of 160, 1.7 M parameters: what the bundled emoji-xar is; about 20 minutes on one core."""
+    config = TrainConfig(
+        out=Path(), data="emoji", max_steps=4000, batch_size=32, learning_rate=1.5e-3, betas=(0.9, 0.96), weight_decay=0.02,
+        warmup_steps=100, schedule="trapezoid", decay_fraction=0.4, final_fraction=0.02, ema_decay=0.995, save_every=500,
+        preview_every=1000, log_every=20,
+    )  # fmt: skip
+    return Recipe("generator", config, _xar(XAR_EMOJI), takes=_OPTIONS)
+
+
+@recipe
+def xar_imagenet256() -> Recipe:
+    """xAR-B as published: 800 epochs of ImageNet's 16 x 16 x 16 latents at batch 2,048, learning rate 4e-4, dropout 0.1, in cells of 8 x 8.
+
+    `python -m eval.cost --recipe xar-imagenet256` counts what it takes; weeks of one large GPU, so use eight. The paper's schedule is
+    constant until epoch 600 and then a cosine; this one falls linearly from there.
+    """
+    config = TrainConfig(
+        out=Path(), data="imagenet/train", image_size=256, max_steps=500_000, batch_size=2048, learning_rate=4e-4, betas=(0.9, 0.96),
+        weight_decay=0.02, warmup_steps=62_500, schedule="trapezoid", decay_fraction=0.25, ema_decay=0.9999, precision="bf16",
+        compile=True, workers=8, save_every=5000, preview_every=5000, process_timeout=600,
+    )  # fmt: skip
+    shape = dict(width=768, encoder_depth=8, decoder_depth=8, num_heads=12, hidden=2048)
+    return Recipe("generator", config, _xar(shape, dropout=0.1, preview_steps=40), takes=_OPTIONS)
+
+
+def _xar(shape: dict, **task):
+    def build(sources: Sources) -> TrainingTask:
+        import vistok
+        from vistok.decoding.flow import code_table
+        from vistok.generators import XAR, OrderConfig, XARConfig
+        from vistok.registry import is_bundled
+        from vistok.tokens import TokenLayout
+        from vistok.training.tasks.xar import XARTask, XARTaskConfig
+
+        tokens, tokenizer = sources.tokens, vistok.load(sources.tokenizer)
+        layout = tokens.layout
+        if tokens.plan.num_tokens < layout.num_tokens and layout.kind == "sequence":  # the first ones of an ordered tokenizer
+            layout = TokenLayout("sequence", (tokens.plan.num_tokens,))
+        mean, deviation = channel_statistics(tokens, code_table(tokenizer))
+        config = XARConfig(
+            order=OrderConfig.parse(sources.order, layout),
+            code_dim=len(mean),
+            num_classes=len(tokens.classes),
+            classes=tuple(tokens.classes),
+            value_mean=mean,
+            value_deviation=deviation,
+            **{**shape, "text": shape.get("text", "none") if any(tokens.captions) else "none"},
+        )
+        parts = dict(tokenizer_reference=sources.tokenizer if is_bundled(sources.tokenizer) else None, held_out=sources.held_out)
+        options = task | ({} if sources.context is None else {"context": sources.context})
+        return XARTask(XAR(config), XARTaskConfig(**options), tokenizer=tokenizer, **parts)
+
+    return build
+
+
+def channel_statistics(tokens, codes) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of a token folder's values, or of its ids' vectors in codes [K, C].
+
+    Raises ValueError: a channel is constant, or ids without codes.
+    """
+    import torch
+
+    if tokens.ids is not None and codes is None:
+        raise ValueError("the token folder holds ids but its tokenizer has no codes")
+    rows = torch.linspace(0, len(tokens) - 1, min(len(tokens), STATISTICS_IMAGES)).long()
+    found = tokens.read(rows)
+    values = (found.values if found.ids is None else codes.cpu()[found.ids.clamp(min=0)])[found.mask].double()
+    deviation = values.std(0, correction=0)
+    if not bool((deviation > 0).all()):
+        raise ValueError(f"channel {int(deviation.argmin())} of the tokens is the same everywhere: nothing to learn there")
+    return tuple(values.mean(0).tolist()), tuple(deviation.tolist())

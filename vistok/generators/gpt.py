@@ -24,6 +24,7 @@ from vistok.generators.condition import Condition, ConditionPrefix, check_classe
 from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import SwiGLU
+from vistok.layers.placement import PlacedCache, Placement
 from vistok.layers.rope import rope_table, rotate
 from vistok.modeling import VisualModel
 from vistok.registry import register
@@ -216,6 +217,12 @@ class GPT(VisualModel):
         Without a cache, or with an empty one, the prefix comes first: returns [B, T + 1, K], row n predicts token n.
         With a filled cache ids continue what it holds: returns [B, T, K], row n predicts the token after ids[:, n]; the cache grows by T.
         """
+        return self.head(self.features(ids, condition, cache=cache, keep=keep))
+
+    def features(
+        self, ids: Tensor, condition: Condition | None = None, *, cache: KVCache | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads: as `forward`, but [B, T + 1, D], or [B, T, D] behind a filled cache."""
         B, T = ids.shape
         start = 0 if cache is None else cache.length
         first = max(start - self.prefix_length, 0)  # the token that ids[:, 0] is
@@ -232,7 +239,23 @@ class GPT(VisualModel):
             if cache is not None:
                 cache.visible = visible
         x = self._run(x, cache, keep, visible)
-        return self.head(self.norm(x if start else x[:, self.prefix_length - 1 :]))
+        return self.norm(x if start else x[:, self.prefix_length - 1 :])
+
+    def extend(self, ids: Tensor, placement: Placement, cache: PlacedCache, *, layers: Sequence[int] | None = None) -> Tensor:
+        """Features [B, M, D] of inputs ids [B, M] that stand where the placement says, behind a prefix that the cache holds.
+
+        Positions beyond the image count as its last; what is predicted there means nothing. layers: blocks that are run, all by default.
+        """
+        x, positions = self.embedding(ids), placement.positions.clamp(max=self.max_tokens - 1)
+        turn = None
+        if self.positions is not None:
+            x = x + self.positions[positions]
+        if self.rotations is not None:
+            rows = self.rotations[self.prefix_length + positions][:, None]  # [B, 1, M, d/2, 2]
+            turn = lambda q: rotate(q, rows)  # noqa: E731
+        for i in range(len(self.blocks)) if layers is None else layers:
+            x = self.blocks[i](x, mask=placement.mask, rotate=turn, cache=cache.layer(i, placement))
+        return self.norm(x)
 
     def _run(self, x: Tensor, cache: KVCache | None, keep: Tensor | None, visible: Tensor | None) -> Tensor:
         """The blocks on x [B, T, D], which sits behind the cache's content. visible: [B, P] bool, see KVCache."""

@@ -1,5 +1,7 @@
 """The speculative loop on real, tiny generators: greedy equality, laws, independence of rows, cache, overshoot."""
 
+import copy
+
 import pytest
 import torch
 
@@ -35,11 +37,32 @@ def make(kind="grid", **overrides):
 DRAFTERS = {
     "copy": dict(length=3),
     "copy left": dict(length=5, source="left"),
+    "recycling": dict(length=3),
+    "recycling wide": dict(length=2, width=3),
+    "jacobi": dict(length=4),
+    "jacobi left": dict(length=3, fill="left"),
+    "skip": dict(length=3),
+    "model": dict(length=3),
+    "model tree": dict(shape="tree", length=3, width=2),
+    "model beams": dict(shape="beams", length=3, width=3),
+    "model best": dict(shape="best", length=3, width=3, num_tokens=7),
 }
 
 
 def drafter_for(case, model):
-    return make_drafter(case.split()[0], model, **DRAFTERS[case])
+    options = dict(DRAFTERS[case])
+    if case.startswith("model"):
+        options["model"] = blurred(model)
+    return make_drafter(case.split()[0], model, **options)
+
+
+def blurred(model):
+    """Another model that agrees with this one often, not always."""
+    other = copy.deepcopy(model)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        other.head.weight.add_(torch.randn_like(other.head.weight) * 0.2 * other.head.weight.std())
+    return other
 
 
 def condition(model, batch):

@@ -17,15 +17,19 @@ from torch import Tensor
 from vistok.decoding.trees import TreeTemplate
 
 
-def recycled_tree(successors: Tensor, root: int, template: TreeTemplate) -> Tensor:
-    """Tokens [n + 1] of the tree. successors: [V, k]. Raises ValueError: the template has a rank of k or more."""
+def recycled_tree(successors: Tensor, root: int | Tensor, template: TreeTemplate) -> Tensor:
+    """Tokens [n + 1] of the tree, or [B, n + 1] of the trees behind roots [B]. successors: [V, k].
+
+    Raises ValueError: the template has a rank of k or more.
+    """
     if max(template.ranks) >= successors.shape[1]:
         raise ValueError(f"the tree asks for successor {max(template.ranks)} but the table has {successors.shape[1]} columns")
-    tokens = torch.full((len(template.parents),), root, dtype=torch.int64, device=successors.device)
+    root = torch.as_tensor(root, dtype=torch.int64, device=successors.device)
+    tokens = root[..., None].repeat(*[1] * root.ndim, len(template.parents))
     parents, ranks = torch.tensor(template.parents), torch.tensor(template.ranks)
     bounds = template.level_bounds.tolist()
     for begin, end in zip(bounds[:-1], bounds[1:]):
-        tokens[begin:end] = successors[tokens[parents[begin:end]], ranks[begin:end]].long()
+        tokens[..., begin:end] = successors[tokens[..., parents[begin:end]], ranks[begin:end]].long()
     return tokens
 
 

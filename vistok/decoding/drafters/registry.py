@@ -6,7 +6,7 @@ import inspect
 
 _CLASSES: dict[str, type] = {}
 _HOME = "vistok.decoding.drafters"
-_FILES = ("copy",)
+_FILES = ("copy", "jacobi", "recycling", "skip", "small")
 
 
 def register_drafter(name: str):

@@ -1,0 +1,42 @@
+"""Token Recycling as a drafter: the likely successors of each token, as the target last saw them.
+
+Luo et al. 2024, arXiv 2408.08696. Published for greedy decoding; its candidates are not drawn, so that they serve sampling as well (see
+`decoding.walk`). One table serves all images of all calls, and grows better with each: a drafter object is worth keeping. With an exact
+rule the tokens do not depend on what is in it; with a lossy one they do.
+"""
+
+import torch
+
+from vistok.decoding.draft import Draft, TreeShape
+from vistok.decoding.drafters.registry import register_drafter
+from vistok.decoding.growth import Growth
+from vistok.decoding.recycling import recycled_tree, updated_successors
+
+
+@register_drafter("recycling")
+class RecyclingDrafter:
+    """`width` chains of `length` tokens that part at the root: its `width` likeliest successors, then the likeliest of each.
+
+    Raises ValueError: width is more than the codes there are.
+    """
+
+    def __init__(self, target, *, length: int = 3, width: int = 1):
+        if not 1 <= width <= target.vocab_size:
+            raise ValueError(f"width={width} but there are {target.vocab_size} codes")
+        self.template = Growth(shape="tree", length=length, width=width).template
+        self.num_nodes = length * width
+        self.successors = torch.zeros(target.vocab_size, width, dtype=torch.int32, device=target.device)
+        self._shape = TreeShape.from_template(self.template, target.device)
+
+    def start(self, state) -> None:
+        """The table stays: what followed a token in other images is the best guess for this one."""
+
+    def propose(self, state, budget: int) -> Draft:
+        tokens = recycled_tree(self.successors, state.root, self.template)[:, 1:]
+        if budget < self.num_nodes and self._shape.is_chain:
+            return Draft.chain(tokens[:, :budget])
+        return Draft(tokens, self._shape, "deterministic")
+
+    def observe(self, state, verdict, target) -> None:
+        live = verdict.emitted > 0  # finished images have nothing to teach
+        self.successors = updated_successors(self.successors, target.ids[live].flatten(), target.logits()[live].flatten(0, 1))

@@ -13,9 +13,11 @@ TOKENIZER_OF = {
     "gpt-tiny": "fsq2d-tiny",
     "gpt-mixed-tiny": "fsq2d-tiny",
     "gpt-exposure-tiny": "fsq2d-tiny",
+    "gpt-pattention-tiny": "fsq2d-tiny",
     "var-tiny": "var-vqvae-tiny",
     "maskgit-tiny": "titok-tiny",
-    "rar-tiny": "titok-tiny", "xar-tiny": "vae-tiny",
+    "rar-tiny": "titok-tiny",
+    "xar-tiny": "vae-tiny",
 }
 
 
@@ -53,3 +55,22 @@ def test_a_tiny_generator_recipe_gives_a_pipeline_that_makes_images(trained, tmp
 def test_every_tiny_recipe_is_covered_here():
     generators = {name for name, recipe in RECIPES.items() if name.endswith("-tiny") and recipe().kind == "generator"}
     assert generators == set(TOKENIZER_OF)
+
+
+@pytest.mark.slow
+def test_a_trained_generator_of_parameter_tokens_grows_and_trains_on(trained, tmp_path):
+    tokenizer = str(trained("fsq2d-tiny"))
+    small = train_generator("gpt-pattention-tiny", out=tmp_path / "small", tokenizer=tokenizer, **QUICK)
+    tokens = tmp_path / "small-tokens" / "train"
+    grown = train_generator(
+        "gpt-pattention-tiny", out=tmp_path / "grown", tokenizer=tokenizer, tokens=tokens, start=str(small), grow=8, **QUICK
+    )
+    before, after = (vistok.load(run).generator for run in (small, grown))
+    assert (before.settings.parameter_tokens, after.settings.parameter_tokens) == (32, 40)
+    moved = (after.blocks[0].mlp.keys[:64] - before.blocks[0].mlp.keys).abs().max()
+    assert 0 < moved < 0.02 and after.blocks[0].mlp.keys[64:].abs().sum() > 0  # two steps away from where it started
+    with pytest.raises(ValueError, match="give start"):
+        train_generator("gpt-tiny", out=tmp_path / "x", tokenizer=tokenizer, grow=8)
+    with pytest.raises(ValueError, match="can grow"):
+        plain = train_generator("gpt-tiny", out=tmp_path / "plain", tokenizer=tokenizer, tokens=tokens, **QUICK)
+        train_generator("gpt-tiny", out=tmp_path / "x", tokenizer=tokenizer, tokens=tokens, start=str(plain), grow=8)

@@ -90,7 +90,7 @@ def test_block(golden, state):
     ours = block.state_dict()
     for name, value in state.items():
         if name.startswith("layer."):
-            ours[name.removeprefix("layer.").removeprefix("attention.")] = value
+            ours[name.removeprefix("layer.")] = value
     block.load_state_dict(ours)
     x = golden.io["layer.x"].transpose(0, 1)  # the reference has the sequence first
     cache, rows = block.new_cache(len(x), config["max_seq"]), []

@@ -23,9 +23,10 @@ TokenizerRecipe = Literal[
 ]
 GeneratorRecipe = Literal[
     "gpt-tiny", "gpt-emoji", "gpt-emoji-16", "gpt-mixed-tiny", "gpt-mixed-emoji", "gpt-exposure-tiny", "gpt-exposure-emoji",
+    "gpt-pattention-tiny", "gpt-pattention-emoji",
     "var-tiny", "var-imagenet256", "gpt-imagenet256",
     "maskgit-tiny", "maskgit-imagenet256", "rar-tiny", "rar-imagenet256",
-    "xar-tiny", "xar-emoji", "xar-imagenet256",
+    "xar-tiny", "xar-emoji", "xar-emoji-16", "xar-imagenet256",
 ]
 
 RECIPES_OWN = "default: the recipe's"
@@ -153,6 +154,11 @@ class TrainGenerator:
     """What an xar recipe makes at once: token, patch, cell-K, subsample-Q, scale, scale-1-2-4-8, image, group-N or random-N."""
     context: optional(Literal["noisy", "clean"], "{noisy,clean}", "default: noisy") = None
     """How an xar recipe shows what came before: noisy, as published, or clean (teacher forcing)."""
+    start: optional(str, "MODEL", "default: fresh weights") = None
+    """A trained GPT, or a run or pipeline of one, that a gpt recipe starts from."""
+    grow: optional(int, "N", "default: none") = None
+    """Parameter tokens that each attention layer of --start gains before training, feed-forward layers in proportion; what it computes
+    stays as it was. For gpt-pattention recipes."""
     training: TrainOptions = TrainOptions()
     """How to train; what is not given is the recipe's."""
 
@@ -168,6 +174,8 @@ class TrainGenerator:
             tokens=self.tokens,
             order=self.order,
             context=self.context,
+            start=self.start,
+            grow=self.grow,
             resume=self.resume,
             **self.training.overrides(),
         )

@@ -83,7 +83,8 @@ _BLOCK_NAMES = {
 
 def _gpt_names(ours: str) -> tuple[str, ...]:
     """Official tensors that one of ours is made of, joined along axis 0."""
-    if block := re.fullmatch(r"blocks\.(\d+)\.(.+)", ours):
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", ours)
+    if block and block[2] in _BLOCK_NAMES:
         return tuple(f"layers.{block[1]}.{name}" for name in _BLOCK_NAMES[block[2]])
     if ours not in _GPT_NAMES:
         raise ValueError(f"LlamaGen's format has no form for {ours}: only class or left-padded caption models on a grid are LlamaGen's")

@@ -12,7 +12,7 @@ B images, N tokens, T tokens given, P prefix tokens, D width, h heads, d = D / h
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -24,6 +24,7 @@ from vistok.generators.condition import Condition, ConditionPrefix, check_classe
 from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import SwiGLU
+from vistok.layers.pattention import Pattention, PattentionAttention
 from vistok.layers.placement import PlacedCache, Placement
 from vistok.layers.rope import rope_table, rotate
 from vistok.modeling import VisualModel
@@ -51,6 +52,12 @@ class GPTConfig:
     """h."""
     hidden: int = 0
     """Width inside the feed-forward layers; 0 means 8/3 of the width, rounded up to a multiple of 256."""
+    mixing: Literal["linear", "pattention"] = "linear"
+    """What the blocks are made of: matrices, or parameter tokens that can be added to (`grow`; TokenFormer, arXiv 2410.23168)."""
+    parameter_tokens: int = 0
+    """With "pattention": tokens of each query, key, value and projection layer; 0 means the width."""
+    mlp_parameter_tokens: int = 0
+    """With "pattention": tokens of each feed-forward layer, which has no hidden width; 0 means four times the width."""
     num_classes: int = 0
     """Classes a picture can be asked of; 0 means no class token."""
     classes: tuple[str, ...] = ()
@@ -68,9 +75,9 @@ class GPTConfig:
     """Rows of the table of "hash"."""
     condition_attention: Literal["learned", "uniform"] = "learned"
     """On a grid: "learned" leaves condition tokens unrotated; "uniform" zeroes their queries and keys, as LlamaGen's weights expect."""
-    rope_base: float = 10000.0
     has_query: bool = False
     """A learned query stands where a token is not shown: random and next-all prediction (`objectives.py`)."""
+    rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-5
     """Epsilon of the norms."""
@@ -93,6 +100,10 @@ class GPTConfig:
         for name in ("codebook_size", "depth", "num_heads", "caption_tokens", "caption_buckets"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.parameter_tokens, self.mlp_parameter_tokens) < 0:
+            raise ValueError(f"parameter tokens cannot be negative: {self.parameter_tokens}, {self.mlp_parameter_tokens}")
+        if self.mixing == "linear" and (self.parameter_tokens or self.mlp_parameter_tokens):
+            raise ValueError('parameter tokens are for mixing="pattention"')
 
     @property
     def layout(self) -> TokenLayout:
@@ -115,10 +126,15 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config.width, config.num_heads)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.width, config.hidden_width)
+        D, heads = config.width, config.num_heads
+        self.attention_norm = nn.RMSNorm(D, eps=config.norm_eps)
+        self.mlp_norm = nn.RMSNorm(D, eps=config.norm_eps)
+        if config.mixing == "pattention":
+            self.attention = PattentionAttention(D, heads, num_tokens=config.parameter_tokens or D)
+            self.mlp = Pattention(D, D, config.mlp_parameter_tokens or 4 * D)
+        else:
+            self.attention = Attention(D, heads)
+            self.mlp = SwiGLU(D, config.hidden_width)
 
     def forward(self, x: Tensor, *, keep: Tensor | None = None, **attention) -> Tensor:
         """x: [B, T, D]. keep: [2, B, 1, D] factors on both branches (dropout), or None."""
@@ -147,8 +163,8 @@ class GPT(VisualModel):
             caption_padding=config.caption_padding,
         )
         self.embedding = nn.Embedding(config.codebook_size, config.width)
-        self.positions = nn.Parameter(torch.empty(self.max_tokens, config.width)) if config.layout_kind == "sequence" else None
         self.query = nn.Parameter(torch.empty(config.width)) if config.has_query else None
+        self.positions = nn.Parameter(torch.empty(self.max_tokens, config.width)) if config.layout_kind == "sequence" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
@@ -166,12 +182,37 @@ class GPT(VisualModel):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+        is_linear = self.settings.mixing == "linear"
         for block in self.blocks:  # the residual stream keeps its scale at any depth
-            for out in (block.attention.proj, block.mlp.out):
-                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+            ends = (block.attention.proj.weight, block.mlp.out.weight) if is_linear else (block.attention.proj.values, block.mlp.values)
+            for out in ends:
+                nn.init.normal_(out, std=0.02 / math.sqrt(2 * len(self.blocks)))
         for table in (self.positions, self.query):
             if table is not None:
                 nn.init.normal_(table, std=0.02)
+
+    def grow(
+        self,
+        num_new: int,
+        mlp_new: int | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Append parameter tokens to all blocks: the model computes what it did before, up to rounding, and can learn more.
+
+        num_new: for each attention layer. mlp_new: for each feed-forward layer; None: in proportion. generator, optimizer: see
+        `Pattention.grow`. The config grows with it, so that it saves and loads. Raises ValueError: mixing="linear", or nothing new.
+        """
+        if self.settings.mixing != "pattention":
+            raise ValueError('only a generator with mixing="pattention" can grow')
+        n, m = self.blocks[0].attention.query.num_tokens, self.blocks[0].mlp.num_tokens
+        mlp_new = round(num_new * m / n) if mlp_new is None else mlp_new
+        for block in self.blocks:
+            block.attention.grow(num_new, generator=generator, optimizer=optimizer)
+            block.mlp.grow(mlp_new, generator=generator, optimizer=optimizer)
+        self.settings = replace(self.settings, parameter_tokens=n + num_new, mlp_parameter_tokens=m + mlp_new)
+        self.register_to_config(**asdict(self.settings))
 
     @property
     def prefix_length(self) -> int:
@@ -286,29 +327,6 @@ class GPT(VisualModel):
             cache.advance(T)
         return x
 
-
-@register
-def gpt_tiny(**overrides) -> GPT:
-    """The smallest that still works; for tests and tours."""
-    return GPT(replace(GPTConfig(codebook_size=200, width=64, depth=2, num_heads=4, hidden=128, caption_buckets=512), **overrides))
-
-
-@register
-def gpt_emoji(**overrides) -> GPT:
-    """For a few thousand small pictures with captions; 2.5 M parameters with 1,000 codes."""
-    return GPT(replace(GPTConfig(text="hash", caption_tokens=7, caption_buckets=2048, hidden=512), **overrides))
-
-
-def _llamagen(width: int, depth: int, num_heads: int, **overrides) -> GPT:
-    """LlamaGen's shape on a 16 x 16 grid of 16,384 codes, with ImageNet's classes unless overrides say otherwise."""
-    fixed = dict(codebook_size=16384, layout_shape=(16, 16), condition_attention="uniform", num_classes=1000)
-    return GPT(replace(GPTConfig(width=width, depth=depth, num_heads=num_heads, **fixed), **overrides))
-
-
-@register
-def gpt_b(**overrides) -> GPT:
-    """LlamaGen-B: 768 wide, 12 layers, 12 heads; 111 M parameters."""
-    return _llamagen(768, 12, 12, **overrides)
     def predict(self, ids: Tensor, condition: Condition, *, sees: Tensor, keep: Tensor | None = None) -> Tensor:
         """Logits of tokens at their own places, from any of the others: [B, N, K], row n predicts token n where a query stands.
 
@@ -336,6 +354,29 @@ def gpt_b(**overrides) -> GPT:
             x = block(x, keep=None if keep is None else keep[i], mask=mask[:, None], rotate=turn)
         return self.head(self.norm(x[:, P:]))
 
+
+@register
+def gpt_tiny(**overrides) -> GPT:
+    """The smallest that still works; for tests and tours."""
+    return GPT(replace(GPTConfig(codebook_size=200, width=64, depth=2, num_heads=4, hidden=128, caption_buckets=512), **overrides))
+
+
+@register
+def gpt_emoji(**overrides) -> GPT:
+    """For a few thousand small pictures with captions; 2.5 M parameters with 1,000 codes."""
+    return GPT(replace(GPTConfig(text="hash", caption_tokens=7, caption_buckets=2048, hidden=512), **overrides))
+
+
+def _llamagen(width: int, depth: int, num_heads: int, **overrides) -> GPT:
+    """LlamaGen's shape on a 16 x 16 grid of 16,384 codes, with ImageNet's classes unless overrides say otherwise."""
+    fixed = dict(codebook_size=16384, layout_shape=(16, 16), condition_attention="uniform", num_classes=1000)
+    return GPT(replace(GPTConfig(width=width, depth=depth, num_heads=num_heads, **fixed), **overrides))
+
+
+@register
+def gpt_b(**overrides) -> GPT:
+    """LlamaGen-B: 768 wide, 12 layers, 12 heads; 111 M parameters."""
+    return _llamagen(768, 12, 12, **overrides)
 
 
 @register

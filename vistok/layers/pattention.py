@@ -14,6 +14,7 @@ T tokens, I O input and output width, n parameter tokens, D width, h heads, d = 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -78,19 +79,45 @@ class Pattention(nn.Module):
         return weights.to(values.dtype) @ values
 
     @torch.no_grad()
-    def grow(self, num_new: int, *, generator: torch.Generator | None = None, std: float = 0.02) -> None:
+    def grow(
+        self,
+        num_new: int,
+        *,
+        generator: torch.Generator | None = None,
+        std: float = 0.02,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         """Append parameter tokens; the layer computes what it did before, up to the rounding of its sums, and all of them can learn.
 
-        generator: draws the new values, normal with this std (on the CPU); None: the global one. The parameters are new objects:
-        build the optimizer afterwards. Raises ValueError: fewer than one, or the softmax, which zero keys change.
+        generator: draws the new values, normal with this std (on the CPU); None: the global one. The parameters are new objects: give the
+        optimizer that holds the old ones (its moments stay, those of new tokens are zero), or build one afterwards.
+        Raises ValueError: fewer than one, or the softmax, which zero keys change.
         """
         if num_new < 1:
             raise ValueError(f"num_new={num_new} must be at least 1")
         if self.activation == "softmax":
             raise ValueError("a softmax over tokens cannot grow and stay as it is; use l2_norm_gelu or gelu_l2_norm")
         values = torch.randn(num_new, self.values.shape[1], generator=generator) * std
+        old = self.keys, self.values
         self.keys = nn.Parameter(torch.cat([self.keys, self.keys.new_zeros(num_new, self.keys.shape[1])]))
         self.values = nn.Parameter(torch.cat([self.values, values.to(self.values)]))
+        if optimizer is not None:
+            for before, after in zip(old, (self.keys, self.values)):
+                _hand_over(optimizer, before, after)
+
+
+def _hand_over(optimizer: torch.optim.Optimizer, before: nn.Parameter, after: nn.Parameter) -> None:
+    """Put `after`, which has more rows, in the place of `before`; state shaped like the parameter gets rows of zeros."""
+    for group in optimizer.param_groups:
+        group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
+    missing = len(after) - len(before)
+    if before in optimizer.state:
+        optimizer.state[after] = {
+            key: torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+            if isinstance(value, Tensor) and value.shape == before.shape
+            else value
+            for key, value in optimizer.state.pop(before).items()
+        }
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -99,10 +126,55 @@ def _unit(x: Tensor) -> Tensor:
     return x / norm.masked_fill(norm == 0, 1)
 
 
+class PattentionAttention(nn.Module):
+    """Self-attention whose query, key, value and projection are one Pattention each; takes what `layers.attention.Attention` takes.
+
+    width: D. num_tokens: parameter tokens of each of the four.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        num_tokens: int,
+        activation: Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"] = "l2_norm_gelu",
+    ):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.proj = (Pattention(width, width, num_tokens, activation=activation) for _ in range(4))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        rotate: Callable[[Tensor], Tensor] | None = None,
+        cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """x: [B, T, D]; the rest as in Attention."""
+        B, T, D = x.shape
+        q, k, v = (part(x).view(B, T, self.num_heads, -1).transpose(1, 2) for part in (self.query, self.key, self.value))
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        if cache is not None:
+            k, v = cache(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D))
+
+    def grow(self, num_new: int, **options) -> None:
+        """`Pattention.grow` of all four."""
+        for part in (self.query, self.key, self.value, self.proj):
+            part.grow(num_new, **options)
+
+
 class PattentionBlock(nn.Module):
     """TokenFormer's block: queries, keys, values, projection and feed-forward layer are one Pattention each.
 
-        x = x + proj(attention(q, k, v of norm(x)));  x = x + mlp(norm(x))          causal; norms without parameters
+        x = x + attention(norm(x));  x = x + mlp(norm(x))          causal; norms without parameters
 
     width: D. num_tokens: parameter tokens of each of the four, mlp_tokens: of the last. rotary_share: part of each head that turns with
     the position, halves paired (not neighbours).
@@ -121,40 +193,32 @@ class PattentionBlock(nn.Module):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        if width % num_heads:
-            raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
-        self.num_heads, self.norm_eps, self.rotary_base = num_heads, norm_eps, rotary_base
+        self.attention = PattentionAttention(width, num_heads, num_tokens=num_tokens, activation=activation)
+        self.norm_eps, self.rotary_base = norm_eps, rotary_base
         self.rotary_width = int(width // num_heads * rotary_share)
         if self.rotary_width % 2:
             raise ValueError(f"rotary_share={rotary_share} of a head of {width // num_heads} is an odd number of channels")
-        self.query, self.key, self.value, self.proj = (Pattention(width, width, num_tokens, activation=activation) for _ in range(4))
         self.mlp = Pattention(width, width, mlp_tokens, activation=activation)
 
     def forward(self, x: Tensor, *, start: int = 0, cache: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """x: [B, T, D], at the positions from `start` on. cache: takes the new k, v [B, h, T, d], returns those of all start + T."""
-        B, T, D = x.shape
-        y = plain_layer_norm(x, self.norm_eps)
-        q, k, v = (part(y).view(B, T, self.num_heads, -1).transpose(1, 2) for part in (self.query, self.key, self.value))
-        table = self._rotations(start, T, x.device)
-        q, k = self._turn(q, table), self._turn(k, table)
-        if cache is not None:
-            k, v = cache(k, v)
+        T = x.shape[1]
         positions = torch.arange(start + T, device=x.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=positions[start:, None] >= positions)
-        x = x + self.proj(out.transpose(1, 2).reshape(B, T, D))
+        mask = positions[start:, None] >= positions
+        turn = partial(self._turn, table=self._rotations(start, T, x.device))
+        x = x + self.attention(plain_layer_norm(x, self.norm_eps), mask=mask, rotate=turn, cache=cache)
         return x + self.mlp(plain_layer_norm(x, self.norm_eps))
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         """An empty cache of this block alone."""
-        width = self.query.values.shape[1] // self.num_heads
-        shape = dict(num_layers=1, batch_size=batch_size, num_heads=self.num_heads, max_length=max_tokens, head_width=width)
-        return KVCache(**shape, device=self.query.keys.device, dtype=self.query.keys.dtype)
+        values, heads = self.attention.query.values, self.attention.num_heads
+        shape = dict(num_layers=1, batch_size=batch_size, num_heads=heads, max_length=max_tokens, head_width=values.shape[1] // heads)
+        return KVCache(**shape, device=values.device, dtype=values.dtype)
 
-    def grow(self, num_new: int, mlp_new: int, *, generator: torch.Generator | None = None) -> None:
+    def grow(self, num_new: int, mlp_new: int, **options) -> None:
         """`Pattention.grow` of all five layers: num_new tokens for each of the four, mlp_new for the feed-forward layer."""
-        for part in (self.query, self.key, self.value, self.proj):
-            part.grow(num_new, generator=generator)
-        self.mlp.grow(mlp_new, generator=generator)
+        self.attention.grow(num_new, **options)
+        self.mlp.grow(mlp_new, **options)
 
     def _rotations(self, start: int, num: int, device: torch.device) -> Tensor:
         """[T, r/2, 2] cosine and sine of each pair at each position."""

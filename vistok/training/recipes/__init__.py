@@ -39,6 +39,10 @@ class Sources:
     """The order of an xAR ("cell-2"); None: what suits the tokens."""
     context: str | None = None
     """How an xAR sees earlier entities in training; None: noisy."""
+    start: str | None = None
+    """A trained GPT, or pipeline or run of one, whose weights a new run starts from; None: fresh ones."""
+    grow: int | None = None
+    """Parameter tokens that each attention layer of `start` gains first, others in proportion; None: none."""
     held_out: Any = None
     """TokenFolder or images that are held out, to measure a generator or classifier on."""
     dataset: Any = None
@@ -53,7 +57,8 @@ class Sources:
 class Recipe:
     """train: its settings; build: (sources) -> the task; num_tokens: tokens an image a generator is trained on, None for all.
 
-    takes: what a generator's recipe can be given besides: "order", "context", and "values", a continuous tokenizer's tokens.
+    takes: what a generator's recipe can be given besides: "order", "context", "start", "grow", and "values", a continuous tokenizer's
+    tokens.
     """
 
     kind: Literal["tokenizer", "generator", "classifier", "vlm", "teacher"]
@@ -103,13 +108,15 @@ def train_generator(
     tokens: Path | None = None,
     order: str | None = None,
     context: str | None = None,
+    start: str | None = None,
+    grow: int | None = None,
     resume: bool = False,
     **overrides,
 ) -> Path:
     """Run a generator recipe on the tokens of `data` made by `tokenizer`; overrides replace fields of its TrainConfig.
 
     tokens: a folder made by `vistok tokenize`; without it the data set is tokenized first, into a folder `out`-tokens beside the run.
-    order, context: of an xAR, see Sources.
+    order, context: of an xAR, start, grow: of a GPT, see Sources.
     Returns the run folder. Raises ValueError: the recipe takes no such option, or no continuous tokens.
     """
     import vistok
@@ -117,9 +124,12 @@ def train_generator(
 
     chosen = get_recipe(name, "generator")
     config = replace(chosen.train, out=Path(out), **overrides)
-    for option, value in (("order", order), ("context", context)):
+    given = {"order": order, "context": context, "start": start, "grow": grow}
+    for option, value in given.items():
         if value is not None and option not in chosen.takes:
-            raise ValueError(f"{option}={value!r} is for xar recipes; {name} has none")
+            raise ValueError(f"{option}={value!r} is for {'xar' if option in ('order', 'context') else 'gpt'} recipes; {name} has none")
+    if grow is not None and start is None:
+        raise ValueError(f"grow={grow} needs a trained generator to add to: give start")
     held_out = None
     if tokens is None:
         model = vistok.load(tokenizer)
@@ -135,7 +145,7 @@ def train_generator(
             logger.warning("no held-out loss: %s", error)
     else:
         token_folder = TokenFolder(tokens)
-    sources = Sources(tokenizer=tokenizer, tokens=token_folder, held_out=held_out, order=order, context=context)
+    sources = Sources(tokenizer=tokenizer, tokens=token_folder, held_out=held_out, **given)
     task = seeded_build(lambda: chosen.build(sources), config.seed)
     return train(task, token_folder, config, resume=resume, recipe_name=name)
 
@@ -242,19 +252,20 @@ def flextok_imagenet256() -> Recipe:
 def gpt_tiny() -> Recipe:
     """A two-layer GPT over any tokenizer's tokens; seconds on two CPU cores."""
     shape = dict(width=64, depth=2, num_heads=2)
-    return Recipe("generator", _tiny(image_size=32, max_steps=60), _gpt(shape), num_tokens=None)
+    return Recipe("generator", _tiny(image_size=32, max_steps=60), _gpt(shape), takes=GPT_TAKES)
 
 
 @recipe
 def gpt_emoji() -> Recipe:
     """Class and caption conditioned GPT, 4 layers of 160, 1.8 M parameters; about 4 minutes on two CPU cores for 64 tokens an image."""
-    return Recipe("generator", _gpt_emoji_config(), _gpt(GPT_EMOJI, token_dropout=0.05))
+    return Recipe("generator", _gpt_emoji_config(), _gpt(GPT_EMOJI, token_dropout=0.05), takes=GPT_TAKES)
 
 
 @recipe
 def gpt_emoji_16() -> Recipe:
     """gpt-emoji over the first 16 tokens of each image: what the bundled emoji-gpt is."""
-    return Recipe("generator", _gpt_emoji_config(max_steps=2000, batch_size=32), _gpt(GPT_EMOJI, token_dropout=0.05), num_tokens=16)
+    config = _gpt_emoji_config(max_steps=2000, batch_size=32)
+    return Recipe("generator", config, _gpt(GPT_EMOJI, token_dropout=0.05), num_tokens=16, takes=GPT_TAKES)
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------------------------
@@ -267,6 +278,7 @@ FLEXTOK_EMOJI = dict(
     decoder_width=160, decoder_depth=4, head_width=32, decoder_head_width=32, max_time=1.0, decode_steps=10, decode_guidance_scale=2.5,
 )  # fmt: skip
 FLEXTOK_EMOJI_TASK = dict(shared_length=True, noise_share=0.3, open_gates=True, cached_views=8)
+GPT_TAKES = frozenset({"start", "grow"})
 GPT_EMOJI = dict(width=160, depth=4, num_heads=5, hidden=448, text="hash", caption_buckets=1024)
 
 
@@ -382,11 +394,29 @@ def _gpt(shape: dict, make_task: Callable[..., TrainingTask] | None = None, **ta
         tokenizer = vistok.load(sources.tokenizer)
         reference = sources.tokenizer if is_bundled(sources.tokenizer) else None
         parts = dict(tokenizer=tokenizer, tokenizer_reference=reference, held_out=sources.held_out)
+        model = GPT(config) if sources.start is None else _started(sources)
         if make_task is not None:
-            return make_task(GPT(config), **parts)
-        return GeneratorTask(GPT(config), GeneratorTaskConfig(**task), **parts)
+            return make_task(model, **parts)
+        return GeneratorTask(model, GeneratorTaskConfig(**task), **parts)
 
     return build
+
+
+def _started(sources: Sources) -> torch.nn.Module:
+    """The GPT that a run starts from, grown where that is asked for. Whether it fits the tokens is the task's to check.
+
+    Raises ValueError: it is no GPT, or cannot grow.
+    """
+    import vistok
+    from vistok.generators import GPT
+
+    model = vistok.load(sources.start)
+    model = getattr(model, "generator", model)
+    if not isinstance(model, GPT):
+        raise ValueError(f"{sources.start} is a {type(model).__name__}, not a GPT")
+    if sources.grow is not None:
+        model.grow(sources.grow)
+    return model.train()
 
 
 # each file registers its recipes; they use what is above, so they come last

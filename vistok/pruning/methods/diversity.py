@@ -30,14 +30,15 @@ def divprune(features: Tensor, keep: int) -> Tensor:
     return torch.stack(chosen, dim=1)
 
 
-def text_relevance(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+def text_relevance(image_embeds: Tensor, text_embeds: Tensor, *, is_inverted: bool = True) -> Tensor:
     """Relevance of each patch to the text: the mean of -cos over the text, scaled to [0, 1] in each image.
 
     image_embeds: [B, N, C], text_embeds: [T, C] or [B, T, C], of one contrastive model. The minus sign is intended: CLIP's patch-text
-    similarity is inverted. The reference scales over the whole batch, which makes an image depend on its neighbours.
+    similarity is inverted; is_inverted=False takes +cos, for embeddings where it is not. The reference scales over the whole batch, which
+    makes an image depend on its neighbours.
     """
     cosine = F.normalize(image_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).transpose(-2, -1)
-    relevance = -cosine.mean(dim=-1)
+    relevance = cosine.mean(dim=-1) * (-1 if is_inverted else 1)
     low, high = relevance.amin(dim=-1, keepdim=True), relevance.amax(dim=-1, keepdim=True)
     return (relevance - low + 1e-6) / (high - low).clamp(min=1e-12)
 

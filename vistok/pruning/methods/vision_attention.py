@@ -47,6 +47,32 @@ def outlier_share(attention: Tensor) -> float:
     return int((attention > third + 1.5 * (third - first)).sum()) / attention.numel()
 
 
+def prumerge_kept(attention: Tensor, share: float, *, is_plus: bool = False) -> Tensor:
+    """attention: [N]. Returns the kept indices: the best int(N * share) by falling attention, then, for "plus", a grid of every
+    int(int(1 / share) / 3)-th token."""
+    N = attention.shape[0]
+    kept = ranked(attention[None])[0, : max(1, int(N * share))]
+    if is_plus:
+        step = max(1, int(int(1 / max(share, 1 / N)) / 3))
+        grid = torch.arange(0, N - 1, step, device=attention.device)
+        kept = torch.cat([kept, grid[~torch.isin(grid, kept)]])
+    return kept
+
+
+def prumerge_merge(x: Tensor, key: Tensor, attention: Tensor, kept: Tensor, *, num_neighbours: int = 32) -> Tensor:
+    """x: [N, D], key: [N, d], attention: [N], kept: [K] indices. Returns [K+1, D]: y_i = x_i + sum over the nearest j by key cosine of
+    a_j x_j, and last the sum of the dropped a_j x_j."""
+    N = x.shape[0]
+    key = F.normalize(key, dim=-1)
+    similarity = key[kept] @ key.T
+    similarity[torch.arange(kept.numel(), device=x.device), kept] = -torch.inf
+    neighbours = similarity.topk(min(num_neighbours, N - 1), dim=-1).indices
+    weighted = attention.to(x.dtype)[:, None] * x
+    merged = x[kept] + weighted[neighbours].sum(dim=1)
+    extra = weighted[~mask_of(kept[None], N)[0]].sum(dim=0, keepdim=True)
+    return torch.cat([merged, extra])
+
+
 def prumerge(
     features: Tensor, query: Tensor, key: Tensor, *, is_plus: bool = False, keep_ratio: float | None = None, num_neighbours: int = 32
 ) -> Tensor:
@@ -61,22 +87,10 @@ def prumerge(
         raise ValueError(
             f"PruMerge keeps another number of tokens in every image: call it image by image, got a batch of {features.shape[0]}"
         )
-    N, D = features.shape[1] - 1, features.shape[2]
-    attention = (query[0, 0].float() @ key[0].float().T * D**-0.5).softmax(dim=-1)[1:]  # [N]
-    x, key = features[0, 1:], F.normalize(key[0, 1:].float(), dim=-1)
+    attention = (query[0, 0].float() @ key[0].float().T * features.shape[2] ** -0.5).softmax(dim=-1)[1:]  # [N]
     share = outlier_share(attention) if keep_ratio is None else keep_ratio
-    kept = ranked(attention[None])[0, : max(1, int(N * share))]
-    if is_plus:
-        step = max(1, int(int(1 / max(share, 1 / N)) / 3))
-        grid = torch.arange(0, N - 1, step, device=x.device)
-        kept = torch.cat([kept, grid[~torch.isin(grid, kept)]])
-    similarity = key[kept] @ key.T
-    similarity[torch.arange(kept.numel(), device=x.device), kept] = -torch.inf
-    neighbours = similarity.topk(min(num_neighbours, N - 1), dim=-1).indices
-    weighted = attention.to(x.dtype)[:, None] * x
-    merged = x[kept] + weighted[neighbours].sum(dim=1)
-    extra = weighted[~mask_of(kept[None], N)[0]].sum(dim=0, keepdim=True)
-    return torch.cat([merged, extra])[None]
+    kept = prumerge_kept(attention, share, is_plus=is_plus)
+    return prumerge_merge(features[0, 1:], key[0, 1:].float(), attention, kept, num_neighbours=num_neighbours)[None]
 
 
 def hiprune(middle: Tensor, deep: Tensor, keep: int, *, alpha: float = 0.1, grid_width: int | None = None) -> Tensor:

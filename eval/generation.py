@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -51,6 +52,12 @@ class Config:
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the likeliest tokens up to this much probability."""
+    num_steps: int | None = None
+    """Solver steps of an xAR's first entity; its sampler's default when not given."""
+    final_steps: int | None = None
+    """Solver steps of an xAR's last entity; as the first when not given."""
+    solver: Literal["euler", "euler_maruyama"] | None = None
+    """Solver of an xAR; its sampler's default when not given."""
     decode_steps: int | None = None
     """Solver steps of a flow decoder; the tokenizer's default when not given."""
     features: str = "conv"
@@ -115,9 +122,16 @@ def draw(pipeline, config: Config) -> dict:
     """The samples as PIL images, and the options they were drawn with; image i depends on the seed and i alone."""
     kind, asked = conditions(pipeline.classes, config)
     options = {name: getattr(config, name) for name in ("num_tokens", "guidance_scale", "temperature", "top_k", "top_p")}
+    flow = {name: getattr(config, name) for name in ("num_steps", "final_steps", "solver")}
+    options |= {name: value for name, value in flow.items() if value is not None}
     steps = {} if config.decode_steps is None else {"num_steps": config.decode_steps}
     images = pipeline(**{kind: asked}, **options, seed=config.seed, batch_size=config.batch_size, decode_options=steps).images
-    return {"images": images, "options": options | steps | {"conditions": f"{len(set(asked))} different {kind} in turn"}}
+    return {
+        "images": images,
+        "options": options
+        | {f"decode_{name}": value for name, value in steps.items()}
+        | {"conditions": f"{len(set(asked))} different {kind} in turn"},
+    }
 
 
 def conditions(classes: Sequence[str], config: Config) -> tuple[str, list[str]]:

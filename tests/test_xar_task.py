@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import vistok
+from vistok.cli import main
 from vistok.data import TokenFolder
 from vistok.data.tokenize import tokenize_dataset
 from vistok.decoding.flow import code_table
@@ -235,3 +237,20 @@ def test_parts_that_do_not_fit_and_options_of_other_generators_are_refused():
         gpt(num_steps=3)
     with pytest.raises(ValueError, match="show nothing"):
         gpt.partial_images(torch.zeros(1, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("kind", ["vae", "fsq2d"])
+def test_the_command_writes_tokens_from_which_another_call_goes_on(kind, tmp_path, capsys):
+    pipeline(kind).save_pretrained(tmp_path / "model")
+    call = ["generate", "--model", str(tmp_path / "model"), "--labels", "Cats", "--num-images", "2", "--num-steps", "2"]
+    assert main([*call, "--seed", "0", "--out", str(tmp_path / "a")]) == 0
+    prefix = ["--prefix", str(tmp_path / "a" / "tokens.safetensors"), "--prefix-entities", "3"]
+    assert main([*call, *prefix, "--seed", "0", "--out", str(tmp_path / "b")]) == 0
+    assert main([*call, *prefix, "--seed", "1", "--out", str(tmp_path / "c")]) == 0
+    name = "values" if kind == "vae" else "ids"
+    a, b, c = (load_file(tmp_path / folder / "tokens.safetensors")[name].float() for folder in "abc")
+    torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
+    kept = pipeline(kind).generator.order.tokens[:12]
+    torch.testing.assert_close(c[:, kept], a[:, kept], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(c, a)
+    assert main([*call, *prefix[:3], "9", "--out", str(tmp_path / "d")]) == 2 and "allowed: 1 to 4" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from vistok.commands.common import Device, Folder, Model, Threads, optional, shown, shows_progress, use_device
 from vistok.commands.reconstruct import decode_options
@@ -12,10 +13,11 @@ from vistok.commands.reconstruct import decode_options
 class Generate:
     """Make new images with a trained pipeline (generator and tokenizer).
 
-    OUT gets 0000.png, 0001.png, ..., grid.png (a row a label or prompt), tokens.safetensors (their ids) and generation.json (seed,
+    OUT gets 0000.png, 0001.png, ..., grid.png (a row a label or prompt), tokens.safetensors (ids or values) and generation.json (seed,
     options, speed). The same seed gives the same images; image i does not depend on how many there are.
 
         vistok generate --model vistok/emoji-gpt --labels "Food & Drink" Symbols --num-images 8 --seed 1 --out samples
+        vistok generate --model vistok/emoji-xar --labels Symbols --num-steps 20 --solver euler --out symbols
         vistok generate --model vistok/emoji-gpt --prompts "noto: red apple" --num-tokens 8 --guidance-scale 2 --out apples
     """
 
@@ -41,6 +43,16 @@ class Generate:
     """Choose among the likeliest tokens up to this much probability."""
     min_p: float = 0.0
     """Leave out tokens below this fraction of the likeliest one's probability."""
+    num_steps: optional(int, "N", "default: 40") = None
+    """Solver steps of an xAR's first entity (a cell, a scale, ...): fewer are quicker."""
+    final_steps: optional(int, "N", "default: as the first") = None
+    """Solver steps of an xAR's last entity, linear in between; later entities need fewer."""
+    solver: optional(Literal["euler", "euler_maruyama"], "{euler,euler_maruyama}", "default: euler_maruyama") = None
+    """Solver of an xAR: with noise in every step (euler_maruyama), or without."""
+    prefix: optional(Path, "FILE", "default: none") = None
+    """tokens.safetensors of an earlier call of an xAR for as many images: keep their first entities and draw the rest."""
+    prefix_entities: int = 1
+    """How many entities of --prefix are kept."""
     decode_steps: optional(int, "N", "default: the model's") = None
     """Solver steps of a flow decoder (FlexTok)."""
     seed: optional(int, "S", "default: drawn, and written down") = None
@@ -65,6 +77,9 @@ class Generate:
         pipe = pipe.to(device)
         pipe.set_progress_bar_config(desc="generate", unit="token", disable=not shows_progress())
         sampling = {name: getattr(self, name) for name in ("num_tokens", "guidance_scale", "temperature", "top_k", "top_p", "min_p")}
+        sampling |= {name: getattr(self, name) for name in ("num_steps", "final_steps", "solver") if getattr(self, name) is not None}
+        if self.prefix is not None:
+            sampling["prefix"] = read_prefix(self.prefix, pipe, self.prefix_entities)
         decoding = decode_options(pipe.tokenizer, num_steps=self.decode_steps)
         labels = [as_label(label, pipe.classes) for label in self.labels]
         output = pipe(
@@ -82,7 +97,10 @@ class Generate:
             image.save(self.out / name)
         conditions = len(labels or self.prompts)
         make_grid(output.images, columns=self.num_images if conditions > 1 else None).save(self.out / "grid.png")
-        save_file({"ids": output.tokens.ids.contiguous(), "counts": output.tokens.counts.contiguous()}, self.out / "tokens.safetensors")
+        kind = "values" if output.tokens.ids is None else "ids"
+        save_file({kind: output.tokens.data.contiguous(), "counts": output.tokens.counts.contiguous()}, self.out / "tokens.safetensors")
+        if self.prefix is not None:
+            sampling |= {"prefix": str(self.prefix), "prefix_entities": self.prefix_entities}
         record = {
             "model": self.model,
             "seed": output.seed,
@@ -98,6 +116,31 @@ class Generate:
         (self.out / "generation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         seconds = output.stats.seconds + output.stats.decode_seconds
         print(f"{len(files)} images in {seconds:.1f} s, seed {output.seed}: {self.out / Path('grid.png')}")
+
+
+def read_prefix(path: Path, pipe, num_entities: int):
+    """Values [n, slots, C] of the first entities of the tokens in a file, for the pipeline of an xAR.
+
+    Raises ValueError: the file holds no tokens of this pipeline, or its generator is no xAR. OSError: no such file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from vistok.decoding.flow import entity_values, makes_values
+    from vistok.tokens import VisualTokens
+
+    if not makes_values(pipe.generator):
+        raise ValueError("--prefix is of an xAR; this generator draws ids")
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    kind = "values" if pipe.tokenizer.codebook_size is None else "ids"
+    if kind not in found:
+        raise ValueError(f"{path} holds {', '.join(sorted(found)) or 'nothing'}, but the tokens of this pipeline are {kind}")
+    layout, counts = pipe.generator.layout, found.get("counts")
+    make = VisualTokens.from_values if kind == "values" else VisualTokens.from_ids
+    return entity_values(pipe.generator, pipe.tokenizer, make(found[kind], layout, counts), num_entities)
 
 
 def as_label(text: str, classes: tuple[str, ...]) -> str | int:

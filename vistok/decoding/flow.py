@@ -107,3 +107,21 @@ def partial_tokens(generator, tokenizer, values: Tensor) -> VisualTokens:
     if codes is None:
         return VisualTokens.from_values(values, tokenizer.layout)
     return VisualTokens.from_ids(nearest_codes(values, codes.to(values.device)), tokenizer.layout)
+
+
+def entity_values(generator, tokenizer, tokens: VisualTokens, num_entities: int) -> Tensor:
+    """Values [B, n, C] of the first entities of whole images' tokens: what `generate_values` takes as a prefix.
+
+    Raises ValueError: the tokens are not all that the generator makes, there are not so many entities, or they are scales that the tokens
+    do not hold.
+    """
+    order, codes = generator.order, code_table(tokenizer)
+    if order.is_pyramid:
+        raise ValueError("the tokens hold the finest scale alone, not the ones before it; keep what the callback is given instead")
+    if not 1 <= num_entities <= order.num_entities:
+        raise ValueError(f"{num_entities} entities are asked for; allowed: 1 to {order.num_entities}")
+    values = tokens.values if codes is None else codes[tokens.ids.clamp(min=0).to(codes.device)]
+    if values.shape[1:] != (generator.max_tokens, generator.code_dim) or int(tokens.counts.min()) < generator.max_tokens:
+        shape = f"[{generator.max_tokens}, {generator.code_dim}]"
+        raise ValueError(f"an image's tokens are {list(values.shape[1:])} and some may be missing; the generator makes {shape}")
+    return order.pack(values)[:, : order.ends[num_entities - 1]]

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-_HOMES = ("vistok.tokenizers", "vistok.generators")
+_HOMES = ("vistok.tokenizers", "vistok.generators", "vistok.decoding.heads")
 _CLASSES: dict[str, type] = {}
 _PRESETS: dict[str, Callable] = {}
 BUNDLED = Path(__file__).parent / "models"
@@ -76,6 +76,8 @@ def model_class(name: str) -> type:
 def load(source: str | os.PathLike, **options):
     """Load a model or a pipeline from a folder, a bundled name (`vistok/emoji-flextok`), a run folder or a hub id.
 
+    Folders of timm and transformers are opened by those libraries (`vistok.foreign`).
+
     options: as for `VisualModel.from_pretrained`.
     """
     hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
@@ -84,9 +86,13 @@ def load(source: str | os.PathLike, **options):
         from vistok.pipelines import TokenImagePipeline
 
         return TokenImagePipeline.from_pretrained(folder, **{k: v for k, v in options.items() if k not in hub})
+    from vistok.foreign import is_foreign, load_foreign
     from vistok.modeling import read_config
 
-    name = read_config(folder).get("_class_name")
+    config = read_config(folder)
+    if is_foreign(config):
+        return load_foreign(folder, config)
+    name = config.get("_class_name")
     if not isinstance(name, str):
         raise ValueError(f"{folder}/config.json does not say which model it holds (_class_name)")
     return model_class(name).from_pretrained(folder, **{k: v for k, v in options.items() if k not in hub})

@@ -6,7 +6,7 @@ import inspect
 
 _CLASSES: dict[str, type] = {}
 _HOME = "vistok.decoding.drafters"
-_FILES = ("copy", "jacobi", "recycling", "skip", "small")
+_FILES = ("copy", "jacobi", "recycling", "skip", "small", "trained")
 
 
 def register_drafter(name: str):

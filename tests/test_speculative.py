@@ -9,8 +9,11 @@ import vistok
 from vistok import rng
 from vistok.decoding import SamplingConfig, generate
 from vistok.decoding.accept import make_rule
+from vistok.decoding.draft import TreeShape
 from vistok.decoding.drafters import make_drafter
 from vistok.decoding.speculative import speculate
+from vistok.decoding.uniforms import Uniforms
+from vistok.layers.placement import PlacedCache
 
 GREEDY = SamplingConfig(temperature=0)
 
@@ -73,11 +76,129 @@ def condition(model, batch):
 @pytest.mark.parametrize("case", DRAFTERS)
 def test_greedy_tokens_are_those_of_the_plain_loop(kind, case):
     model = make(kind)
-    for batch in (1, 4):
-        for scale in (1.0, 2.5):
-            options = dict(sampling=GREEDY, guidance_scale=scale)
-            expected, plain = generate(model, condition(model, batch), generators=rng.image_generators(0, batch), **options)
-            got, stats = speculate(model, condition(model, batch), drafter=drafter_for(case, model), rule=make_rule("standard"),
-                                   generators=rng.image_generators(0, batch), **options)  # fmt: skip
-            assert torch.equal(got.ids, expected.ids)
-            assert stats.target_passes <= plain.target_passes
+    for batch, scale in ((1, 1.0), (4, 2.5), (4, 1.0), (1, 2.5))[: 4 if kind == "grid" else 2]:
+        options = dict(sampling=GREEDY, guidance_scale=scale)
+        expected, plain = generate(model, condition(model, batch), generators=rng.image_generators(0, batch), **options)
+        got, stats = speculate(model, condition(model, batch), drafter=drafter_for(case, model), rule=make_rule("standard"),
+                               generators=rng.image_generators(0, batch), **options)  # fmt: skip
+        assert torch.equal(got.ids, expected.ids)
+        assert stats.target_passes <= plain.target_passes
+
+
+def run(model, case, batch=4, first=0, rule="standard", seed=0, scale=1.0, **options):
+    """Images first .. first + batch - 1 of a seed."""
+    options = {"sampling": SamplingConfig(temperature=0.9), **options}
+    labels = [b % 3 for b in range(first, first + batch)]
+    return speculate(
+        model, model.make_condition(batch, labels=labels), drafter=drafter_for(case, model), rule=make_rule(rule),
+        generators=rng.image_generators(seed, range(first, first + batch)), guidance_scale=scale, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["copy", "recycling wide", "model best"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_drafts_that_are_not_drawn_leave_every_sampled_token_as_it_was(case, scale):
+    model = make()
+    plain, _ = generate(model, condition(model, 4), generators=rng.image_generators(0, 4), guidance_scale=scale,
+                        sampling=SamplingConfig(temperature=0.9))  # fmt: skip
+    tokens, stats = run(model, case, scale=scale)
+    assert torch.equal(tokens.ids, plain.ids)
+    assert sum(stats.accepted[1:]) > 0
+
+
+@pytest.mark.parametrize("case", DRAFTERS)
+def test_an_image_does_not_depend_on_its_batch(case):
+    model = make()
+    together, _ = run(model, case, scale=2.0)
+    alone = [run(model, case, batch=1, first=i, scale=2.0)[0].ids for i in range(4)]
+    assert torch.equal(together.ids, torch.cat(alone))
+
+
+@pytest.mark.parametrize("case, accepted", [("model", 3), ("model tree", 3), ("model beams", 3)])
+@pytest.mark.parametrize("kind", ["grid", "sequence", "rar"])
+def test_a_drafter_that_is_the_target_is_always_right(kind, case, accepted):
+    model = make(kind)
+    drafter = make_drafter("model", model, model=model, **DRAFTERS[case])
+    N = model.max_tokens
+    for sampling in (GREEDY, SamplingConfig(top_k=5)) if case == "model" else (GREEDY,):
+        _, stats = speculate(model, condition(model, 2), drafter=drafter, rule=make_rule("standard"), sampling=sampling,
+                             generators=rng.image_generators(0, 2), guidance_scale=2.0)  # fmt: skip
+        passes = -(-(N - 1) // (accepted + 1))
+        assert stats.target_passes == 1 + passes
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16])
+def test_a_draft_beyond_the_last_token_is_cut_off(num_tokens):
+    model = make()
+    drafter = make_drafter("model", model, model=model, length=7)
+    plain, _ = generate(model, condition(model, 3), generators=rng.image_generators(0, 3), num_tokens=num_tokens, sampling=GREEDY)
+    tokens, stats = speculate(model, condition(model, 3), drafter=drafter, rule=make_rule("standard"), sampling=GREEDY,
+                              generators=rng.image_generators(0, 3), num_tokens=num_tokens)  # fmt: skip
+    assert torch.equal(tokens.ids, plain.ids)
+    assert stats.num_tokens == 3 * num_tokens
+    assert stats.image_passes + sum(n * count for n, count in enumerate(stats.accepted)) == 3 * (num_tokens - 1)
+
+
+def test_given_uniforms_repeat_a_run_and_too_few_are_an_error():
+    model = make()
+    uniforms = torch.rand(2, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    again = [
+        speculate(model, condition(model, 2), drafter=drafter_for("jacobi", model), rule=make_rule("standard"), uniforms=uniforms)[0].ids
+        for _ in range(2)
+    ]
+    assert torch.equal(*again)
+    with pytest.raises(ValueError, match="are asked for"):
+        speculate(model, condition(model, 2), drafter=drafter_for("jacobi", model), rule=make_rule("standard"), uniforms=uniforms[:, :20])
+
+
+def test_what_cannot_be_drafted_is_said():
+    target = make()
+    with pytest.raises(ValueError, match="VAR does not predict one next token"):
+        speculate(vistok.create("var-tiny").eval(), None, drafter=None, rule=None)
+    with pytest.raises(ValueError, match="did you mean 'jacobi'"):
+        make_drafter("jacoby", target)
+    with pytest.raises(ValueError, match="did you mean 'length'"):
+        make_drafter("jacobi", target, lenght=3)
+    with pytest.raises(ValueError, match="needs the option 'model'"):
+        make_drafter("model", target)
+    with pytest.raises(ValueError, match="vocab_size=200"):
+        make_drafter("model", target, model=vistok.create("gpt-tiny", layout_shape=(4, 4), num_classes=3))
+    with pytest.raises(ValueError, match="num_draft_tokens=9"):
+        run(target, "jacobi", num_draft_tokens=9)
+
+
+def test_uniforms_of_a_row_are_uniform_and_its_own():
+    keys = rng.randint(2**62, (), rng.image_generators(0, 200))
+    numbers = Uniforms(keys).draw(1000)
+    assert torch.equal(Uniforms(keys[3:4]).draw(1000), numbers[3:4])
+    counts = torch.histc(numbers.float(), bins=100, min=0, max=1)
+    assert ((counts - 2000) ** 2 / 2000).sum() < 99 + 5 * (2 * 99) ** 0.5
+    rows = numbers - 0.5
+    assert (rows[:, :-1] * rows[:, 1:]).mean().abs() < 5 / 12 / numbers.numel() ** 0.5
+    assert (rows[:-1] * rows[1:]).mean().abs() < 5 / 12 / numbers.numel() ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["grid", "sequence", "rar"])
+@torch.no_grad()
+def test_a_path_that_was_kept_leaves_the_cache_as_if_it_had_been_read_in_order(kind):
+    model = make(kind)
+    ids = torch.randint(12, (2, 9), generator=torch.Generator().manual_seed(0))
+    kv = model.new_cache(2, 14)
+    model.features(ids[:, :0], condition(model, 2), cache=kv)
+    cache = PlacedCache(kv)
+    prefix, lengths = cache.prefix_length, torch.tensor([2, 4])  # ragged: 2 and 4 tokens are decided
+    first = cache.behind(torch.arange(4)[None], torch.ones(1, 4, 4, dtype=torch.bool).tril(), span=(prefix, prefix))
+    model.extend(ids[:, :4], first, cache)
+    cache.lengths = prefix + lengths
+    tree = TreeShape(torch.tensor([[0, 0, 2]]))  # root; two children, and one below the second
+    tokens = torch.stack([ids[row, [n, 0, n + 1, n + 2]] for row, n in enumerate(lengths)])
+    placement = cache.behind(tree.depths, tree.ancestors, span=(prefix + 2, prefix + 4))
+    features = model.extend(tokens, placement, cache)
+    expected = model.features(ids, condition(model, 2))
+    for row, n in enumerate(lengths.tolist()):
+        assert torch.allclose(features[row, [0, 2, 3]], expected[row, [n + 1, n + 2, n + 3]], atol=1e-4)
+    cache.keep(torch.tensor([[0, 2, 3]] * 2), torch.tensor([2, 1]), is_chain=False)
+    assert cache.lengths.tolist() == [prefix + 5, prefix + 6]
+    chain = cache.behind(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 1, dtype=torch.bool), span=(prefix + 5, prefix + 6))
+    after = model.extend(torch.stack([ids[0, 5], ids[1, 6]])[:, None], chain, cache)
+    assert torch.allclose(after[0, 0], expected[0, 6], atol=1e-4) and torch.allclose(after[1, 0], expected[1, 7], atol=1e-4)

@@ -75,9 +75,11 @@ class Info:
 
 def description(model, title: str) -> list[str]:
     """The facts about one model, a line each."""
-    settings = model.settings
     facts = {"class": f"{type(model).__name__}: {inspect.getdoc(type(model)).partition(chr(10))[0]}"}
     facts["parameters"] = f"{sum(p.numel() for p in model.parameters()):,}"
+    if not hasattr(model, "settings"):  # a model of timm or transformers
+        return [title, *(f"  {name:<11} {value}" for name, value in facts.items())]
+    settings = model.settings
     low, high = getattr(model, "min_tokens", None), getattr(model, "max_tokens", None)
     if high is not None:
         facts["tokens"] = f"{low} to {high} an image" if low is not None and low != high else f"{high} an image"

@@ -6,6 +6,7 @@ from vistok.data.base import ImageDataset
 from vistok.data.emoji import EmojiDataset
 from vistok.data.folder import ImageFolder
 from vistok.data.hub import HubDataset
+from vistok.data.scenes import ObjectScenes
 
 
 def open_dataset(
@@ -19,7 +20,8 @@ def open_dataset(
 ) -> ImageDataset:
     """Open a source of images.
 
-    source: a folder; "emoji", "emoji:noto" or "emoji:twemoji" (bundled; a folder of that name is written "./emoji"); "hf:PATH_OR_ID" (needs
+    source: a folder; "emoji", "emoji:noto" or "emoji:twemoji" (bundled; a folder of that name is written "./emoji"); "scenes" (rendered
+    scenes of 24 classes, `vistok.data.scenes`); "hf:PATH_OR_ID" (needs
     `pip install vistok[data]`). image_size: pixels each image is resized and cropped to, one number or (height, width).
     split: "train", "test" or "all"; the emoji also have "composition-train" and "composition-test", a Hugging Face set what it has.
     on_bad_image: "skip" counts a broken image in `bad_images` and puts the next good one in its place, "error" raises BrokenImageError.
@@ -29,6 +31,8 @@ def open_dataset(
     text = os.fspath(source)
     if isinstance(text, str) and (text == "emoji" or text.startswith("emoji:")):
         return EmojiDataset(image_size=image_size, split=split, style=text.partition(":")[2] or None, label=label)
+    if text == "scenes":
+        return ObjectScenes(image_size=image_size, split=split, num_scenes=20_000 if split == "train" else 1_000)
     if isinstance(text, str) and text.startswith("hf:"):
         return HubDataset(text.removeprefix("hf:"), image_size=image_size, split=split, on_bad_image=on_bad_image)
     return ImageFolder(text, image_size=image_size, split=split, on_bad_image=on_bad_image, held_out=held_out)

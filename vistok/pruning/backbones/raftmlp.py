@@ -226,7 +226,7 @@ def _resize(x: Tensor, side: tuple[int, int]) -> Tensor:
 
 def _create(dims: tuple[int, ...], options: dict) -> RaftMLP:
     if options.pop("pretrained", False):
-        raise ValueError("there are no pretrained RaftMLP weights to download; load official ones with `from_official`")
+        raise ValueError("there are no pretrained RaftMLP weights to download: `from_official` loads official ones, `vistok.load` own")
     kernels = ((4, 8), (2, 4), (2, 4), (2,))
     shapes = zip(dims, (2, 2, 6, 2), (4, 2, 2, 2), kernels)
     layers = tuple(RaftLevel(dim=dim, depth=depth, patch_size=patch, embedding_kernels=kernel) for dim, depth, patch, kernel in shapes)

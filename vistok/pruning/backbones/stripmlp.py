@@ -273,7 +273,7 @@ def _official_names(config: StripMLPConfig) -> list[tuple[str, str]]:
 
 def _create(embed_dim: int, layers: tuple[int, ...], options: dict) -> StripMLP:
     if options.pop("pretrained", False):
-        raise ValueError("there are no pretrained Strip-MLP weights to download; load official ones with `from_official`")
+        raise ValueError("there are no pretrained Strip-MLP weights to download: `from_official` loads official ones, `vistok.load` own")
     known = {"num_classes", "in_chans", "img_size", "drop_path_rate"}
     unknown = set(options) - known - {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     if unknown:

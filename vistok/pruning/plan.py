@@ -113,14 +113,25 @@ class ReductionPlan:
         """
         if self.source is None:
             return self.gather(x), None if size is None else self.gather(size)
+        self._check(x)
+        B, M = self.keep.shape
+        row = torch.arange(B, device=x.device)[:, None]
+        # indices into the rows of the whole batch, made once: small operations are what a reduction costs on a CPU
+        keep, source = (self.keep + row * self.num_tokens).flatten(), (self.source + row * self.num_tokens).flatten()
+        slot = ((self.slot.clamp(min=0) if self.has_gaps else self.slot) + row * M).flatten()
         if size is None:
-            size = torch.ones(*x.shape[:2], 1, device=x.device)
-        total = self.reduce(size)
-        slot = self.slot.clamp(min=0) if self.has_gaps else self.slot
-        weight = gather_rows(size, self.source) / gather_rows(total, slot)
-        y = self.gather(x)
+            total, own = torch.ones(len(keep), device=x.device), torch.ones(len(source), device=x.device)
+        else:
+            total, own = size.flatten().index_select(0, keep), size.flatten().index_select(0, source)
+        if self.has_gaps:
+            own = own * (self.slot.flatten() >= 0)
+        total = total.index_add_(0, slot, own)
+        tokens = x.flatten(0, 1)
+        y = tokens.index_select(0, keep)
         # the weighted mean as a correction of the r folded rows, y + sum w (x_source - y): the other rows are copied and nothing else
-        return self._add(y, (gather_rows(x, self.source) - gather_rows(y, slot)) * weight.to(x.dtype)), total
+        weight = (own / total.index_select(0, slot)).to(x.dtype)
+        y.index_add_(0, slot, (tokens.index_select(0, source) - y.index_select(0, slot)) * weight[:, None])
+        return y.view(B, M, -1), total.view(B, M, 1)
 
     def restore(self, y: Tensor, fill: float = 0.0) -> Tensor:
         """y: [B, M, ...]. Returns [B, N, ...]: every input row gets its output row; dropped ones get `fill`."""

@@ -48,6 +48,9 @@ class Strategy(Protocol):
     def counts(self, num_layers: int, num_patches: int) -> tuple[int, ...]:
         """Patch tokens each layer removes."""
 
+    def attention_layers(self, num_layers: int) -> Sequence[int]:
+        """Layers whose whole attention map the plan reads."""
+
     def plan(self, view: LayerView, count: int) -> ReductionPlan:
         """The plan that removes `count` patch tokens of this layer."""
 
@@ -66,6 +69,9 @@ class Schedule:
     def __post_init__(self):
         if sum(option is not None for option in (self.r, self.keep, self.keep_ratio)) != 1:
             raise ValueError("give exactly one of r (tokens a layer), keep (tokens left at the end) and keep_ratio (share left at the end)")
+
+    def attention_layers(self, num_layers: int) -> Sequence[int]:
+        return ()
 
     def counts(self, num_layers: int, num_patches: int) -> tuple[int, ...]:
         if self.r is None:
@@ -150,8 +156,14 @@ class ZeroTPrune:
     is_merging: ClassVar[bool] = False
     at_block_end: ClassVar[bool] = True
 
+    def _rates(self, num_layers: int) -> dict[int, float]:
+        return zero_tprune.zero_tprune_rates(num_layers) if self.rates is None else dict(sorted(self.rates.items()))
+
+    def attention_layers(self, num_layers: int) -> Sequence[int]:
+        return [layer for layer, rate in self._rates(num_layers).items() if rate < 1 or self.num_similar]
+
     def counts(self, num_layers: int, num_patches: int) -> tuple[int, ...]:
-        rates = zero_tprune.zero_tprune_rates(num_layers) if self.rates is None else dict(sorted(self.rates.items()))
+        rates = self._rates(num_layers)
         if not set(rates) <= set(range(num_layers)) or not all(0 < rate <= 1 for rate in rates.values()):
             raise ValueError(f"rates={rates} but they are shares in (0, 1] of the layers 0 to {num_layers - 1}")
         counts = [0] * num_layers

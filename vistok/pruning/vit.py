@@ -1,6 +1,7 @@
 """Token reduction inside timm vision transformers, by hooks on their own modules.
 
     k, q   = outputs of blk.attn.k_norm, q_norm (identities where unused): fused attention stays on
+    A      = input of blk.attn.attn_drop, only in layers where the method reads the whole map: these run timm's written-out attention
     bias   = log size as attn_mask of blk.attn                        proportional attention
     x, s   = fold(x, s) in a pre-hook of blk.norm2                    between attention and feed-forward
     f      = output of blk.drop_path2, kept aside                     the feed-forward branch on the folded tokens
@@ -59,7 +60,7 @@ class _View:
         self.layer, self.num_layers, self.num_prefix = layer, num_layers, num_prefix
         self.attn, self.is_proportional = attn, is_proportional
         self.entry: _Entry | None = None
-        self.rope = self.input = self.query = self.key = None
+        self.rope = self.input = self.query = self.key = self.probabilities = None
         self.count = 0
         self.merged = self.branch = self.plan = self.after = None
 
@@ -74,6 +75,8 @@ class _View:
         return self.key.detach()
 
     def attention(self, rows: int | None = None) -> Tensor:
+        if self.probabilities is not None:
+            return self.probabilities[:, :, :rows].detach()
         query, key = self._rotated(self.query.detach()), self._rotated(self.key.detach())
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -97,7 +100,7 @@ class PrunedViT:
     def __init__(self, model: nn.Module, strategy: Strategy, *, timed: bool = False):
         check_supported(model, is_proportional=strategy.is_proportional)
         self.model, self.strategy, self.timed = model, strategy, timed
-        self._handles, self._schedule = [], {}
+        self._handles, self._schedule, self._unfused = [], {}, []
         self._seconds, self._start, self._total = 0.0, 0.0, 0.0
         attentions = [block.attn for block in model.blocks]
         prefix = model.num_prefix_tokens
@@ -120,6 +123,8 @@ class PrunedViT:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        while self._unfused:
+            self._unfused.pop().fused_attn = True
         if self.model.__dict__.get(_MARK) is self:
             del self.model.__dict__[_MARK]
             self.model.__dict__.pop("pool", None)
@@ -170,8 +175,15 @@ class PrunedViT:
         model.__dict__[_MARK] = self
         if callable(getattr(model, "pool", None)):
             model.__dict__["pool"] = self._pool
+        whole_maps = set(self.strategy.attention_layers(len(self._views)))
         for view, block in zip(self._views, model.blocks):
             add = self._handles.append
+            if view.layer in whole_maps:
+                # the method reads the whole map here: timm's written-out attention makes it once, a fused kernel and we would make it twice
+                if block.attn.fused_attn:
+                    block.attn.fused_attn = False
+                    self._unfused.append(block.attn)
+                add(block.attn.attn_drop.register_forward_pre_hook(self._hook(view, self._see_probabilities)))
             add(block.register_forward_pre_hook(self._hook(view, self._enter_block), with_kwargs=True))
             add(block.attn.register_forward_pre_hook(self._hook(view, self._enter_attention), with_kwargs=True))
             add(block.attn.q_norm.register_forward_hook(self._hook(view, self._see_query)))
@@ -224,6 +236,10 @@ class PrunedViT:
         if view.count:
             view.key = output
 
+    def _see_probabilities(self, view: _View, module: nn.Module, args: tuple) -> None:
+        if view.count:
+            view.probabilities = args[0].float()
+
     def _fold_branch(self, view: _View, norm: nn.Module, args: tuple):
         if not view.count:
             return None
@@ -242,7 +258,7 @@ class PrunedViT:
         if view.count:
             result = self._fold(view, output) if self.strategy.at_block_end else view.merged + view.branch
         after = view.after if view.count else view.entry
-        view.input = view.query = view.key = view.merged = view.branch = view.after = None
+        view.input = view.query = view.key = view.probabilities = view.merged = view.branch = view.after = None
         if view.layer + 1 < len(self._views):
             self._views[view.layer + 1].entry = after
             return result
@@ -294,7 +310,7 @@ def check_supported(model: nn.Module, *, is_proportional: bool) -> None:
             raise ValueError(
                 f"block {index} of this {name} is a {kind}; supported are pre-norm blocks: vision_transformer.Block, eva.EvaBlock"
             )
-        missing = [part for part in ("q_norm", "k_norm") if not isinstance(getattr(block.attn, part, None), nn.Module)]
+        missing = [part for part in ("q_norm", "k_norm", "attn_drop") if not isinstance(getattr(block.attn, part, None), nn.Module)]
         if missing:
             raise ValueError(f"the attention of block {index}, {type(block.attn).__name__}, has no {' and '.join(missing)} to read from")
         if is_proportional and "attn_mask" not in inspect.signature(block.attn.forward).parameters:

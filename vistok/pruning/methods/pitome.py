@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.pruning.plan import ReductionPlan
+from vistok.pruning.plan import ReductionPlan, gather_rows
 
 RULES = ("protect", "order", "deit", "mae")
 
@@ -60,8 +60,7 @@ def pitome_count(num_patches: int, layer_keep_ratio: float) -> int:
 
 def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
     """metric: [B, T, d]. Returns [B, T] float32: the mean over all tokens, itself included, of ELU(cosine - margin)."""
-    metric = F.normalize(metric.float(), dim=-1)
-    return _energy(metric @ metric.transpose(1, 2), margin, alpha)
+    return _energy(F.normalize(metric.float(), dim=-1), margin, alpha)
 
 
 def gaussian_energy(metric: Tensor, margin: float) -> Tensor:
@@ -85,8 +84,7 @@ def pitome(metric: Tensor, r: int, *, margin: float, num_prefix: int = 1, rule: 
         return ReductionPlan.identity(B, N, metric.device)
     with torch.no_grad():
         metric = F.normalize(metric[:, num_prefix:].float(), dim=-1)
-        similarity = metric @ metric.transpose(1, 2)  # [B, T, T]
-        score = gaussian_energy(metric, margin) if rule == "text" else _energy(similarity, margin, alpha)
+        score = gaussian_energy(metric, margin) if rule == "text" else _energy(metric, margin, alpha)
         order = score.argsort(dim=-1, descending=True, stable=True)
         if rule == "order":
             a, b, rest = order[:, ::2], order[:, 1::2], None
@@ -96,7 +94,7 @@ def pitome(metric: Tensor, r: int, *, margin: float, num_prefix: int = 1, rule: 
             a, b, rest = order[:, :r], order[:, r : 2 * r], order[:, 2 * r :]
         else:
             raise ValueError(f"rule={rule!r} but it is one of protect, order, text")
-        between = _select(similarity, a, b)
+        between = gather_rows(metric, a) @ gather_rows(metric, b).transpose(1, 2)
         best, destination = between.max(dim=-1)
         if rest is None:
             matched = best.argsort(dim=-1, descending=True, stable=True)
@@ -107,11 +105,15 @@ def pitome(metric: Tensor, r: int, *, margin: float, num_prefix: int = 1, rule: 
     return ReductionPlan(N, keep, a + num_prefix, destination + num_prefix + rest.shape[1])
 
 
-def _energy(similarity: Tensor, margin: float, alpha: float) -> Tensor:
-    return F.elu(similarity - margin, alpha=alpha).mean(dim=-1)
+def _energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
+    """metric: [B, T, d] of length 1. Similarity is symmetric, so a quarter of the pairs are left out and found as column sums."""
+    T = metric.shape[1]
+    first, second = metric[:, : T // 2], metric[:, T // 2 :]
+    above = _elu(first @ metric.transpose(1, 2) - margin, alpha)  # [B, T/2, T]
+    below = _elu(second @ second.transpose(1, 2) - margin, alpha)
+    return torch.cat([above.sum(dim=2), above[:, :, T // 2 :].sum(dim=1) + below.sum(dim=2)], dim=1) / T
 
 
-def _select(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """similarity [B, T, T] at rows [B, n] and columns [B, m]: [B, n, m]."""
-    batch = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
-    return similarity[batch, rows[:, :, None], columns[:, None, :]]
+def _elu(z: Tensor, alpha: float) -> Tensor:
+    """ELU as max(z, 0) + alpha (exp(min(z, 0)) - 1): twice as fast on a CPU as the fused one, whose expm1 is slow."""
+    return z.clamp(max=0).exp_().sub_(1).mul_(alpha).add_(z.relu_())

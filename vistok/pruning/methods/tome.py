@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.pruning.plan import ReductionPlan
+from vistok.pruning.plan import ReductionPlan, gather_rows
 
 Schedule = int | Sequence[int] | tuple[int, float]
 
@@ -76,12 +76,11 @@ def tome(metric: Tensor, r: int, *, num_prefix: int = 1, sort_unmerged: bool = T
         metric = F.normalize(metric.float(), dim=-1)
         prefix_a, prefix_b = (num_prefix + 1) // 2, num_prefix // 2
         similarity = metric[:, ::2][:, prefix_a:] @ metric[:, 1::2][:, prefix_b:].transpose(1, 2)
-        best, destination = similarity.max(dim=-1)  # [B, patches in A]
-        order = best.argsort(dim=-1, descending=True, stable=True)
+        order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)  # [B, patches in A]
         merged, unmerged = order[:, :r], order[:, r:]
         if sort_unmerged:
             unmerged = unmerged.sort(dim=-1).values
-        slot = destination.gather(1, merged) + num_prefix + unmerged.shape[1]
+        slot = gather_rows(similarity, merged).argmax(dim=-1) + num_prefix + unmerged.shape[1]
         prefix = torch.arange(num_prefix, device=metric.device).expand(B, -1)
         odd = torch.arange(1 + 2 * prefix_b, N, 2, device=metric.device).expand(B, -1)
         keep = torch.cat([prefix, 2 * (unmerged + prefix_a), odd], dim=1)

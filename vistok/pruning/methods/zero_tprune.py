@@ -42,7 +42,7 @@ def page_rank(
         return score
     mask = alive[:, None].to(attention.dtype).expand(B, H, N)
     # the graph of the survivors without copying it: dead columns are masked out of every vote and of the row sums
-    votes = mask / (attention @ mask[..., None])[..., 0]
+    votes = mask / (attention * mask[:, :, None]).sum(dim=-1)
     score = score * mask
     score = score * (mask.sum(dim=-1, keepdim=True) / score.sum(dim=-1, keepdim=True))
     for _ in range(num_iterations):

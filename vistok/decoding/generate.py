@@ -7,14 +7,18 @@ B images, N tokens, K codebook size.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vistok import rng
-from vistok.decoding.sampling import SamplingConfig, sample, warp
+from vistok.decoding.sampling import SamplingConfig, draw
+from vistok.layers.packed import packed_linears
 from vistok.tokens import VisualTokens
+
+WORTH_PACKING = 16  # passes
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def generate(
     unconditional rows are dropped behind the last step with s other than 1.
     on_step: called with the step and all ids so far, [B, step + 1] where a step is a token, after each step.
     uniforms: [B, num_tokens or more] on [0, 1), instead of generators: token n is drawn by uniform n (`decoding.sampling.sample`).
+    On a CPU the model's linear layers are packed for as long as this takes (`layers.packed`); logits differ by rounding.
     Every generator is advanced by `model.max_tokens` uniforms whatever num_tokens is; image i depends on its own alone.
     Raises ValueError: num_tokens is out of range or ends inside a step, the model is in training mode, or generators and uniforms are both
     given or both not.
@@ -116,19 +121,21 @@ def generate(
     ids = torch.empty(B, N, dtype=torch.int64, device=model.device)
     new, start = ids.new_empty(rows, 0), condition.and_null() if guided_steps else condition
     done = 0
-    for step, (size, scale) in enumerate(zip(sizes, scales)):
-        if rows > B and step == guided_steps:
-            rows, new = B, new[:B]
-            cache.keep_rows(B)
-        logits = model(new, start, cache=cache)[:, -size:].float()  # [rows, size, K]
-        if rows > B:
-            conditional, unconditional = logits.chunk(2)
-            logits = conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
-        made = slice(done, done + size)
-        ids[:, made] = sample(warp(logits, sampling).softmax(-1), uniforms[:, made])
-        new, start, done = ids[:, made].repeat(rows // B, 1), None, done + size
-        if on_step is not None:
-            on_step(step, ids[:, :done])
+    # packing pays for itself after about ten passes
+    with packed_linears(model, rows * max(sizes)) if len(sizes) >= WORTH_PACKING else nullcontext():
+        for step, (size, scale) in enumerate(zip(sizes, scales)):
+            if rows > B and step == guided_steps:
+                rows, new = B, new[:B]
+                cache.keep_rows(B)
+            logits = model(new, start, cache=cache)[:, -size:].float()  # [rows, size, K]
+            if rows > B:
+                conditional, unconditional = logits.chunk(2)
+                logits = conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
+            made = slice(done, done + size)
+            ids[:, made] = draw(logits, sampling, uniforms[:, made])
+            new, start, done = ids[:, made].repeat(rows // B, 1), None, done + size
+            if on_step is not None:
+                on_step(step, ids[:, :done])
     ids.sum().item()  # wait for the device, so that seconds means something
     stats = GenerationStats(B, B * N, len(sizes), time.perf_counter() - began)
     return VisualTokens.from_ids(ids, model.layout), stats

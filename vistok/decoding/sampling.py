@@ -46,7 +46,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Logits [..., K] below the k-th largest become -inf."""
     if k >= logits.shape[-1]:
         return logits
-    threshold = logits.topk(k, dim=-1).values[..., -1:]
+    threshold = logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
@@ -92,3 +92,10 @@ def sample(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total, which no id exceeds
     target = torch.minimum(uniforms.double() * total, below)
     return torch.searchsorted(cumulative, target[..., None], right=True)[..., 0]
+
+
+def draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> Tensor:
+    """Ids [...] of logits [..., K] under the law that `sampling` asks for; the uniforms [...] decide, except at temperature 0."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    return sample(warp(logits, sampling).softmax(-1), uniforms)

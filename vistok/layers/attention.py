@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D width, h heads, d = D / h.
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,16 +50,16 @@ class Attention(nn.Module):
         """x: [B, T, D].
 
         mask: boolean (True attends) or additive float, broadcastable to [B, h, T, S] for S keys.
-        rotate: maps q and k [B, h, T, d] to their rotated values. cache: takes the new k, v [B, h, T, d], returns all S of them.
+        rotate: maps q and k, [2, B, h, T, d], to their rotated values. cache: takes the new k, v [B, h, T, d], returns all S of them.
         """
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        parts = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qk, v = parts[:2], parts[2]
         if self.qk_norm == "learned":
-            q, k = self.q_norm(q), self.k_norm(k)
+            qk = torch.stack([self.q_norm(qk[0]), self.k_norm(qk[1])])
         elif self.qk_norm:
-            q, k = plain_layer_norm(q), plain_layer_norm(k)
-        if rotate is not None:
-            q, k = rotate(q), rotate(k)
+            qk = plain_layer_norm(qk)
+        q, k = (qk if rotate is None else rotate(qk)).unbind()
         if cache is not None:
             k, v = cache(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale)

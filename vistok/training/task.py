@@ -89,7 +89,7 @@ class TrainingTask(nn.Module):
     def train(self, mode: bool = True) -> "TrainingTask":
         """Training mode for the trained parts; frozen ones stay in eval mode."""
         super().train(mode)
-        for module in self.modules():
+        for module in list(self.modules())[1:]:  # without itself: a task may be a frozen part of another
             parameters = list(module.parameters())
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()

@@ -51,6 +51,8 @@ class Sources:
     """Model of timm for a classifier; None: the recipe's."""
     teacher: str | None = None
     """A classifier to learn from."""
+    target: Any = None
+    """The pipeline a drafter is trained for, and its name."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Recipe:
     tokens.
     """
 
-    kind: Literal["tokenizer", "generator", "classifier", "vlm", "teacher"]
+    kind: Literal["tokenizer", "generator", "classifier", "vlm", "teacher", "drafter"]
     train: TrainConfig
     build: Callable[[Sources], TrainingTask]
     num_tokens: int | None = None
@@ -420,4 +422,4 @@ def _started(sources: Sources) -> torch.nn.Module:
 
 
 # each file registers its recipes; they use what is above, so they come last
-from vistok.training.recipes import gpt, lavit, orders, seed, teacher, titok, tokenflow, var, vision, vqgan, xar  # noqa: E402, F401
+from vistok.training.recipes import drafter, gpt, lavit, orders, seed, teacher, titok, tokenflow, var, vision, vqgan, xar  # noqa: E402, F401

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers")
 
 import vlm_toys
-from vlm_toys import FAMILIES, SPECIAL, build, build_video
+from vlm_toys import FAMILIES, SPECIAL, build, build_video, full_matrix
 
 import vistok
 from vistok.pruning.families import FAMILIES as KNOWN
@@ -25,7 +25,7 @@ MAPPED = [name for name in FAMILIES if KNOWN[name].tower]
 ON_IMAGES = [name for name in selectors() if name != "evs"]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in RECURRENT])
+@pytest.mark.parametrize("name", full_matrix([name for name in FAMILIES if name not in RECURRENT]))
 def test_pruning_equals_masking_the_dropped_tokens_over_two_turns(name):
     model, inputs = build(name)
     report = assert_matches_mask_oracle(
@@ -34,7 +34,7 @@ def test_pruning_equals_masking_the_dropped_tokens_over_two_turns(name):
     assert report.distance_from_unpruned > 1e-2  # the comparison has power
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", full_matrix(list(FAMILIES)))
 def test_keeping_every_visual_token_gives_bit_identical_logits(name):
     model, inputs = build(name)
     plain = model.generate(**inputs, **GENERATION)
@@ -114,7 +114,7 @@ def test_the_towers_view_is_the_attention_that_the_eager_tower_returns():
         torch.testing.assert_close(views.received(layer, [1]), attention[layer][[1], :, :, 1:].mean(dim=(1, 2)))
 
 
-@pytest.mark.parametrize("name", [name for name in MAPPED if name not in ("qwen3_5", "qwen3_vl_moe", "smolvlm")])
+@pytest.mark.parametrize("name", full_matrix([name for name in MAPPED if name not in ("qwen3_5", "qwen3_vl_moe")]))
 def test_patches_are_mapped_to_the_features_they_become(name):
     """Changing the tower's last patch states changes the feature that the map names, and no other."""
     model, inputs = build(name)

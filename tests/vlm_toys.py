@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import transformers as T
 
@@ -313,3 +314,9 @@ def build_video(name: str, *, num_frames: int = 4) -> tuple[torch.nn.Module, dic
         body = [148, *[VIDEO] * count, 149]
     ids = torch.tensor([[BOS, 5, *body, 9, 11]])
     return model, inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | token_types(name, ids)
+
+
+def full_matrix(names: list[str]) -> list:
+    """Parameters of a test over families: a few of different build by default, the others with the slow tests."""
+    quick = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma3", "paligemma")
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -2,27 +2,32 @@
 
 from torch import nn
 
+from vistok.pruning.language import prune_vision_language
+from vistok.pruning.layers import LayerReport, PrunedLayers, prune_layers
 from vistok.pruning.plan import ReductionPlan
+from vistok.pruning.selectors import ImageViews, Selection, Selector
+from vistok.pruning.stages import LayerMethod, StageChoice, StageView
 from vistok.pruning.strategies import STRATEGIES, Strategy, create_strategy
 from vistok.pruning.vit import PrunedViT, ViTReport, prune_vit
 from vistok.pruning.vlm import PrunedVLM, VLMReport, prune_vlm
 
 __all__ = [
-    "STRATEGIES", "PrunedVLM", "PrunedViT", "ReductionPlan", "Strategy", "VLMReport", "ViTReport",
-    "create_strategy", "prune", "prune_vit", "prune_vlm",
+    "STRATEGIES", "ImageViews", "LayerMethod", "LayerReport", "PrunedLayers", "PrunedVLM", "PrunedViT", "ReductionPlan", "Selection",
+    "Selector", "StageChoice", "StageView", "Strategy", "VLMReport", "ViTReport",
+    "create_strategy", "prune", "prune_layers", "prune_vit", "prune_vlm",
 ]  # fmt: skip
 
 
-def prune(model: nn.Module, method, **options) -> PrunedViT | PrunedVLM:
+def prune(model: nn.Module, method, **options) -> PrunedViT | PrunedVLM | PrunedLayers:
     """Reduce the tokens of a stock model until the returned handle is removed; use it as a context manager.
 
         with vistok.prune(model, "tome", r=13) as pruned:
             logits = model(images)
             print(pruned.stats())
 
-    model: a timm vision transformer (methods and options: `vistok.pruning.vit.prune_vit`) or a transformers vision-language model, whose
-    `generate` then gets fewer visual tokens (`vistok.pruning.vlm.prune_vlm`); unchanged otherwise.
+    model: a timm vision transformer (methods and options: `vistok.pruning.vit.prune_vit`) or a transformers vision-language model, which
+    then gets fewer visual tokens (`vistok.pruning.language.prune_vision_language`); unchanged otherwise.
     Raises ValueError with the reason for a model whose tokens cannot be reduced.
     """
     is_from_transformers = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
-    return prune_vlm(model, method, **options) if is_from_transformers else prune_vit(model, method, **options)
+    return prune_vision_language(model, method, **options) if is_from_transformers else prune_vit(model, method, **options)

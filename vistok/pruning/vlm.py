@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vistok.pruning.families import attention_of, family_of, is_flash, kind_of, sliding_window, text_model, vision_layers, visual_mask
 from vistok.pruning.features import VisualFeatures, merged_before_projector
+from vistok.pruning.masks import pack_left, take
 from vistok.pruning.methods import topk
 from vistok.pruning.plan import gather_rows
 from vistok.pruning.selectors import ImageViews, Selection, Selector, create_selector
@@ -131,13 +132,13 @@ class PrunedVLM:
         stays = mask.bool()
         stays[is_visual] = visual.kept_in_prompt_order(chosen, ids, is_visual)
         self._dropped = mask.bool() & ~stays
-        rows = _pack_left(stays)
+        rows = pack_left(stays)
         for name in ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw"):
             encoded.pop(name, None)
-        encoded["input_ids"] = _take(ids, rows, model.generation_config.pad_token_id or 0)
+        encoded["input_ids"] = take(ids, rows, model.generation_config.pad_token_id or 0)
         encoded["attention_mask"] = (rows >= 0).to(mask.dtype)
-        encoded["position_ids"] = _take(positions, rows, 0) if self.positions == "keep" else _compact(positions, rows)
-        encoded |= {name: _take(encoded[name], rows, 0) for name in _TYPES if encoded.get(name) is not None}
+        encoded["position_ids"] = take(positions, rows, 0) if self.positions == "keep" else _compact(positions, rows)
+        encoded |= {name: take(encoded[name], rows, 0) for name in _TYPES if encoded.get(name) is not None}
         encoded["mm_encoder_outputs"] = visual.reduced(chosen, before)
         self._report = VLMReport(visual.counts, tuple(visual.num_left(chosen)), ids.shape[1], rows.shape[1])
         return encoded, rows
@@ -309,17 +310,3 @@ def _compact(positions: Tensor, rows: Tensor) -> Tensor:
     if positions.ndim != 2:
         raise ValueError('positions="compact" counts tokens in a line, this family places visual tokens in rows and columns')
     return ((rows >= 0).long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _pack_left(stays: Tensor) -> Tensor:
-    """stays: [B, L] bool. Returns [B, K] int64: indices of True in order, -1 on the left of shorter rows."""
-    index = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
-    return torch.where(stays, index, -1).sort(dim=-1).values[:, -int(stays.sum(dim=-1).max()) :]
-
-
-def _take(x: Tensor, rows: Tensor, fill: int) -> Tensor:
-    """x: [..., B or 1, L] at rows [B, K], `fill` where a row is -1: [..., B, K]."""
-    B, K = rows.shape
-    x = x.expand(*x.shape[:-2], B, x.shape[-1])
-    taken = gather_rows(x.reshape(-1, B, x.shape[-1]).permute(1, 2, 0), rows.clamp(min=0))  # [B, K, leading]
-    return taken.permute(2, 0, 1).reshape(*x.shape[:-2], B, K).masked_fill(rows < 0, fill)

@@ -29,6 +29,11 @@ def sparsevlm_score(logits: Tensor, raters: Tensor, *, visual_start: int, visual
 
 def sparsevlm_recycle(tokens: Tensor, num_clusters: int) -> Tensor:
     """tokens: [B, N, D]. Returns [B, C, D]: means of clusters around density peaks, centres by falling delta * density."""
+    return sparsevlm_recycle_plan(tokens, num_clusters)[1]
+
+
+def sparsevlm_recycle_plan(tokens: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+    """The same with the centres: ([B, C] int64 indices of the tokens that the clusters stand around, [B, C, D] means)."""
     B, N, D = tokens.shape
     if not 1 <= num_clusters <= N:
         raise ValueError(f"num_clusters={num_clusters} but there are {N} tokens")
@@ -43,4 +48,4 @@ def sparsevlm_recycle(tokens: Tensor, num_clusters: int) -> Tensor:
     owner = to_centre.argmin(dim=1)
     owner = owner.scatter(1, centres, torch.arange(num_clusters, device=tokens.device).expand(B, -1))
     members = torch.nn.functional.one_hot(owner, num_clusters).to(tokens.dtype).transpose(1, 2)
-    return members @ tokens / members.sum(dim=-1, keepdim=True)
+    return centres, members @ tokens / members.sum(dim=-1, keepdim=True)

@@ -19,7 +19,6 @@ from vistok.decoding.accept import (
     typical_paths,
     verify,
     walk_chain,
-    walk_chains,
     walk_tree,
 )
 from vistok.decoding.trees import TreeTemplate
@@ -70,24 +69,6 @@ def test_a_position_without_candidates_draws_from_the_target(name):
     expected = torch.eye(V, dtype=p.dtype)[p.argmax(1)] if name == "greedy" else p
     assert accepted.tolist() == [-1] * 4
     torch.testing.assert_close(law, expected)
-
-
-@pytest.mark.parametrize("has_law", [True, False])
-def test_chains_in_a_batch_end_as_each_alone(has_law):
-    B, g = 40, 4
-    generator = torch.Generator().manual_seed(0)
-    p, q = random_laws(B, g + 1), random_laws(B, g, seed=1) if has_law else None
-    tokens, coins = torch.randint(V, (B, g), generator=generator), torch.rand(B, g, generator=generator, dtype=torch.float64)
-    accepted, law = walk_chains(make_rule("standard"), p, tokens, q, coins)
-    for b in range(B):
-        alone = walk_chain(p[b], tokens[b], None if q is None else q[b], coins[b].tolist())
-        assert alone.accepted == accepted[b]
-        torch.testing.assert_close(alone.law, law[b])
-    short = tokens.clone()
-    short[:, 2:] = -1
-    accepted, law = walk_chains(make_rule("standard"), p, short, q, torch.zeros_like(coins))
-    assert bool((accepted <= 2).all()) and bool((accepted == 2).any())
-    torch.testing.assert_close(law[accepted == 2], p[accepted == 2, 2])
 
 
 def test_a_chain_is_the_tree_with_one_branch():

@@ -19,7 +19,6 @@ from vistok.decoding.accept.rounds import (
     emitted_law,
     verify,
     walk_chain,
-    walk_chains,
     walk_tree,
 )
 
@@ -59,6 +58,5 @@ __all__ = [
     "typical_paths",
     "verify",
     "walk_chain",
-    "walk_chains",
     "walk_tree",
 ]

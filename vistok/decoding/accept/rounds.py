@@ -2,7 +2,7 @@
 
 A rule is a generator of `Trial`s. It is resumed only where the trial before was rejected, so a residual is computed only when it is
 needed; its last trial has index -1: nothing was accepted, the token is drawn from `law`. The same trials are used to decide (`decide`,
-`decide_rows`, `walk_chains`, `walk_tree`), with one uniform a candidate, and to write down the law of the emitted token (`emitted_law`),
+`decide_rows`, `walk_tree`), with one uniform a candidate, and to write down the law of the emitted token (`emitted_law`),
 which is how every rule is tested.
 
 Shapes: ... any leading dimensions (rows, depths, test cases), C candidates, V vocabulary, g drafts of a chain, D width.
@@ -66,9 +66,6 @@ class TreeDecision(NamedTuple):
     """[V] law of the token after the last accepted node."""
     num_uniforms: int
     """Uniforms used, one for each node that was tried."""
-
-
-Rule = Callable[[Position], Iterable[Trial]]
 
 
 def chance(law: Tensor, tokens: Tensor) -> Tensor:
@@ -174,35 +171,12 @@ def emitted_law(trials: Iterable[Trial], candidates: Tensor) -> Tensor:
     raise ValueError("the rule ended without a trial of index -1")
 
 
-def walk_chains(
-    rule: Rule, p: Tensor, tokens: Tensor, q: Tensor | None, uniforms: Tensor, *, hidden: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Accept the first tokens of each chain one after another: speculative sampling of B sequences in two calls of the rule.
-
-    p: [B, g + 1, V] after 0 to g draft tokens. tokens: [B, g], -1 behind a chain's end. q: [B, g, V], None for drafts that were not drawn.
-    uniforms: [B, g]. hidden: [B, g, D] at the drafts.
-    Returns the number accepted [B] and the law [B, V] of the next token: the residual, or where all were accepted the law behind them.
-    Source: Leviathan et al. 2023, arXiv 2211.17192, algorithm 1.
-    """
-    B, g = tokens.shape
-    drawn = "deterministic" if q is None else "with_replacement"
-    if not g:
-        return tokens.new_zeros(B), p[:, 0]
-    at = Position(p[:, :g], tokens[..., None], q, drawn, None if hidden is None else hidden[:, :, None])
-    takes = (uniforms < next(iter(rule(at))).ratio) & (tokens >= 0)
-    accepted = takes.long().cumprod(1).sum(1)
-    rows, depth = torch.arange(B, device=tokens.device), accepted.clamp(max=g - 1)
-    refused = Position(*(part if part is None or isinstance(part, str) else part[rows, depth] for part in at))
-    _, law = decide_rows(rule(refused), torch.full((B, 1), float("inf"), device=p.device))
-    ran_out = (accepted == (tokens >= 0).sum(1))[:, None]
-    return accepted, torch.where(ran_out, p[rows, accepted], law)
-
-
 def walk_chain(laws: Tensor, tokens: Tensor, draft_laws: Tensor | None, uniforms: Iterable[float]) -> Decision:
-    """`walk_chains` with the standard rule for one sequence, step by step.
+    """The standard rule along one chain, step by step: speculative sampling as published, beside which the batched walk is tested.
 
     laws: [g + 1, V]. tokens: [g]. draft_laws: [g, V], or None for a draft that was not drawn (q is 1 at its token).
-    uniforms: one for each token that is tried.
+    uniforms: one for each token that is tried. Returns how many were accepted and the law of the next token.
+    Source: Leviathan et al. 2023, arXiv 2211.17192, algorithm 1.
     """
     source, used = iter(uniforms), 0
     for i, token in enumerate(tokens.tolist()):

@@ -156,14 +156,15 @@ class ZeroTPrune:
     is_merging: ClassVar[bool] = False
     at_block_end: ClassVar[bool] = True
 
-    def _rates(self, num_layers: int) -> dict[int, float]:
+    def rates_for(self, num_layers: int) -> dict[int, float]:
+        """`rates`, or the paper's for that depth."""
         return zero_tprune.zero_tprune_rates(num_layers) if self.rates is None else dict(sorted(self.rates.items()))
 
     def attention_layers(self, num_layers: int) -> Sequence[int]:
-        return [layer for layer, rate in self._rates(num_layers).items() if rate < 1 or self.num_similar]
+        return [layer for layer, rate in self.rates_for(num_layers).items() if rate < 1 or self.num_similar]
 
     def counts(self, num_layers: int, num_patches: int) -> tuple[int, ...]:
-        rates = self._rates(num_layers)
+        rates = self.rates_for(num_layers)
         if not set(rates) <= set(range(num_layers)) or not all(0 < rate <= 1 for rate in rates.values()):
             raise ValueError(f"rates={rates} but they are shares in (0, 1] of the layers 0 to {num_layers - 1}")
         counts = [0] * num_layers

@@ -1,25 +1,25 @@
-"""Token reduction inside timm vision transformers, by hooks on their own modules.
+"""Token reduction inside vision transformers of timm and transformers, by hooks on their own modules.
 
-    k, q   = outputs of blk.attn.k_norm, q_norm (identities where unused): fused attention stays on
-    A      = input of blk.attn.attn_drop, only in layers where the method reads the whole map: these run timm's written-out attention
-    bias   = log size as attn_mask of blk.attn                        proportional attention
-    x, s   = fold(x, s) in a pre-hook of blk.norm2                    between attention and feed-forward
-    f      = output of blk.drop_path2, kept aside                     the feed-forward branch on the folded tokens
-    out    = x + f in a hook of blk                                   so no forward of timm is copied or replaced
+    k, q   = outputs of k_norm, q_norm (timm) or k_proj, q_proj (transformers): fused attention stays on
+    A      = input of timm's attn_drop, only in layers where the method reads the whole map: these run timm's written-out attention
+    bias   = log size as the attention's additive mask                proportional attention
+    x, s   = fold(x, s) in a pre-hook of the second norm              between attention and feed-forward
+    f      = what the feed-forward branch would add, kept aside       that branch ran on the folded tokens
+    out    = x + f in a hook of the block                             so no forward is copied or replaced
     rope   = the kept patches' rows of the rotary table
-    pool   = timm's own pooling on the restored tokens: mean and attention pooling weigh a token with its size
+    pool   = the model's own pooling on the restored tokens: mean and attention pooling weigh a token with its size
 
 State of a forward is kept by layer, so activation checkpointing recomputes the same. B batch, N tokens, P prefix tokens (class,
 distillation, registers) in front, which are never reduced.
 """
 
-import inspect
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vistok.pruning.blocks import BlockParts, ViTParts, check_mask, parts_of, weights
 from vistok.pruning.plan import ReductionPlan, gather_rows
 from vistok.pruning.strategies import Strategy, create_strategy, log_size
 
@@ -56,9 +56,9 @@ class _Entry:
 class _View:
     """One layer in one forward: what the hooks saw. Implements strategies.LayerView."""
 
-    def __init__(self, layer: int, num_layers: int, num_prefix: int, attn: nn.Module, is_proportional: bool):
+    def __init__(self, layer: int, num_layers: int, num_prefix: int, parts: BlockParts, is_proportional: bool):
         self.layer, self.num_layers, self.num_prefix = layer, num_layers, num_prefix
-        self.attn, self.is_proportional = attn, is_proportional
+        self.parts, self.is_proportional = parts, is_proportional
         self.entry: _Entry | None = None
         self.rope = self.input = self.query = self.key = self.probabilities = None
         self.count = 0
@@ -80,7 +80,7 @@ class _View:
         query, key = self._rotated(self.query.detach()), self._rotated(self.key.detach())
         if key.shape[1] != query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        logits = query[:, :, :rows].float() @ key.float().transpose(-2, -1) * self.attn.scale
+        logits = query[:, :, :rows].float() @ key.float().transpose(-2, -1) * self.parts.scale
         if self.is_proportional and self.entry.size is not None:
             logits = logits + log_size(self.entry.size, torch.float32)
         return logits.softmax(dim=-1)
@@ -88,23 +88,22 @@ class _View:
     def _rotated(self, x: Tensor) -> Tensor:
         if self.rope is None:
             return x
-        from timm.layers import apply_rot_embed_cat
-
-        P, half = self.num_prefix, getattr(self.attn, "rotate_half", False)
-        return torch.cat([x[:, :, :P], apply_rot_embed_cat(x[:, :, P:], self.rope, half=half)], dim=2)
+        P = self.num_prefix
+        return torch.cat([x[:, :, :P], self.parts.rotate(x[:, :, P:], self.rope)], dim=2)
 
 
 class PrunedViT:
     """The hooks on one model. A context manager: leaving it, by an exception too, takes them off; so does `remove`."""
 
-    def __init__(self, model: nn.Module, strategy: Strategy, *, timed: bool = False):
-        check_supported(model, is_proportional=strategy.is_proportional)
+    def __init__(self, model: nn.Module, strategy: Strategy, *, restore: bool = False, timed: bool = False):
+        self.parts = parts_of(model)
+        check_supported(model, self.parts, strategy, restore=restore)
         self.model, self.strategy, self.timed = model, strategy, timed
+        self._restores = restore or (self.parts.head_reads_patches and strategy.is_merging)
         self._handles, self._schedule, self._unfused = [], {}, []
         self._seconds, self._start, self._total = 0.0, 0.0, 0.0
-        attentions = [block.attn for block in model.blocks]
-        prefix = model.num_prefix_tokens
-        self._views = [_View(layer, len(attentions), prefix, attn, strategy.is_proportional) for layer, attn in enumerate(attentions)]
+        depth, prefix = len(self.parts.blocks), self.parts.num_prefix
+        self._views = [_View(layer, depth, prefix, part, strategy.is_proportional) for layer, part in enumerate(self.parts.blocks)]
         self._last: _Entry | None = None
         try:
             self._attach()
@@ -133,7 +132,11 @@ class PrunedViT:
     def plan(self) -> ReductionPlan:
         """The reduction from the first layer's tokens to the last one's output, of the last forward."""
         self._require_forward()
-        plans = [view.plan for view in self._views if view.plan is not None]
+        return self._plan_of(len(self._views))
+
+    def _plan_of(self, num_layers: int) -> ReductionPlan:
+        """The reduction by the first layers of the last forward."""
+        plans = [view.plan for view in self._views[:num_layers] if view.plan is not None]
         if not plans:
             return ReductionPlan.identity(self._batch_size, self._views[0].entry.num_tokens, self._device)
         total = plans[0]
@@ -164,7 +167,8 @@ class PrunedViT:
         counts = (*[view.entry.num_tokens for view in self._views], self._last.num_tokens)
         full = (counts[0],) * len(counts)
         share = self._seconds / self._total if self.timed else None
-        return ViTReport(counts, _macs(self.model, counts, self.strategy.at_block_end), _macs(self.model, full, True), share)
+        macs = macs_of(self.model, counts, at_block_end=self.strategy.at_block_end)
+        return ViTReport(counts, macs, macs_of(self.model, full, at_block_end=True), share)
 
     def _require_forward(self) -> None:
         if self._last is None:
@@ -175,23 +179,30 @@ class PrunedViT:
         model.__dict__[_MARK] = self
         if callable(getattr(model, "pool", None)):
             model.__dict__["pool"] = self._pool
+        add = self._handles.append
+        if self.parts.tower is not None:
+            for pool in self.parts.pools:
+                add(pool.register_forward_pre_hook(self._restore_input))
+            if self._restores:
+                add(self.parts.tower.register_forward_hook(self._restore_output))
         whole_maps = set(self.strategy.attention_layers(len(self._views)))
-        for view, block in zip(self._views, model.blocks):
-            add = self._handles.append
-            if view.layer in whole_maps:
+        for view in self._views:
+            part = view.parts
+            add(part.block.register_forward_pre_hook(self._hook(view, self._enter_block), with_kwargs=True))
+            add(part.attention.register_forward_pre_hook(self._hook(view, self._enter_attention), with_kwargs=True))
+            add(part.query.register_forward_hook(self._hook(view, self._see_query)))
+            add(part.key.register_forward_hook(self._hook(view, self._see_key)))
+            if view.layer in whole_maps and part.map_input is not None:
                 # the method reads the whole map here: timm's written-out attention makes it once, a fused kernel and we would make it twice
-                if block.attn.fused_attn:
-                    block.attn.fused_attn = False
-                    self._unfused.append(block.attn)
-                add(block.attn.attn_drop.register_forward_pre_hook(self._hook(view, self._see_probabilities)))
-            add(block.register_forward_pre_hook(self._hook(view, self._enter_block), with_kwargs=True))
-            add(block.attn.register_forward_pre_hook(self._hook(view, self._enter_attention), with_kwargs=True))
-            add(block.attn.q_norm.register_forward_hook(self._hook(view, self._see_query)))
-            add(block.attn.k_norm.register_forward_hook(self._hook(view, self._see_key)))
+                if part.attention.fused_attn:
+                    part.attention.fused_attn = False
+                    self._unfused.append(part.attention)
+                add(part.map_input.register_forward_pre_hook(self._hook(view, self._see_probabilities)))
             if not self.strategy.at_block_end:
-                add(block.norm2.register_forward_pre_hook(self._hook(view, self._fold_branch)))
-                add(block.drop_path2.register_forward_hook(self._hook(view, self._set_branch_aside)))
-            add(block.register_forward_hook(self._hook(view, self._leave_block)))
+                add(part.norm.register_forward_pre_hook(self._hook(view, self._fold_branch)))
+                add(part.branch.register_forward_hook(self._hook(view, self._set_branch_aside)))
+            # first of its hooks: what transformers or others record of a block is what it returns
+            add(part.block.register_forward_hook(self._hook(view, self._leave_block), prepend=True))
 
     @staticmethod
     def _hook(view: _View, method):
@@ -201,8 +212,11 @@ class PrunedViT:
 
     def _enter_block(self, view: _View, block: nn.Module, args: tuple, kwargs: dict):
         B, N, _ = args[0].shape
-        if kwargs.get("attn_mask") is not None or kwargs.get("is_causal"):
-            raise ValueError("token reduction does not support attn_mask or is_causal: a mask names tokens that may be merged by then")
+        masks = [kwargs.get(view.parts.mask), kwargs.get("is_causal") or None, *args[1:2]]
+        if any(mask is not None for mask in masks):
+            raise ValueError(
+                f"token reduction does not support {view.parts.mask} or is_causal: a mask names tokens that may be merged by then"
+            )
         if view.layer == 0:
             patches = N - view.num_prefix
             if patches not in self._schedule:
@@ -215,26 +229,28 @@ class PrunedViT:
             raise RuntimeError(f"layer {view.layer} got {N} tokens: the blocks must run in order, each on what the one before returned")
         view.count = self._schedule[self._views[0].entry.num_tokens - view.num_prefix][view.layer]
         view.merged = view.branch = view.plan = None
-        rope = kwargs.get("rope")
+        rope = kwargs.get(view.parts.rope)
         if rope is not None and view.entry.position is not None:
-            rope = _rope_rows(rope, view.entry.position[:, view.num_prefix :] - view.num_prefix)
+            position = view.entry.position[:, view.num_prefix :] - view.num_prefix
+            rope = tuple(_rope_rows(table, position) for table in rope) if isinstance(rope, tuple) else _rope_rows(rope, position)
         view.rope = rope
-        return (args, kwargs) if rope is None else (args, {**kwargs, "rope": rope})
+        return (args, kwargs) if rope is None else (args, {**kwargs, view.parts.rope: rope})
 
     def _enter_attention(self, view: _View, attn: nn.Module, args: tuple, kwargs: dict):
+        x = args[0] if args else kwargs["hidden_states"]
         if view.count:
-            view.input = args[0]
+            view.input = x
         if not self.strategy.is_proportional or view.entry.size is None:
             return None
-        return args, {**kwargs, "attn_mask": log_size(view.entry.size, args[0].dtype)}
+        return args[:1], {**kwargs, view.parts.mask: log_size(view.entry.size, x.dtype)}
 
     def _see_query(self, view: _View, module: nn.Module, args: tuple, output: Tensor) -> None:
         if view.count:
-            view.query = output
+            view.query = view.parts.heads(output)
 
     def _see_key(self, view: _View, module: nn.Module, args: tuple, output: Tensor) -> None:
         if view.count:
-            view.key = output
+            view.key = view.parts.heads(output)
 
     def _see_probabilities(self, view: _View, module: nn.Module, args: tuple) -> None:
         if view.count:
@@ -250,6 +266,8 @@ class PrunedViT:
         if not view.count:
             return None
         view.branch = output
+        for module in view.parts.finish:
+            view.branch = module(view.branch)
         # the block adds this to its unfolded tokens and the sum is thrown away: a number that broadcasts
         return output.new_zeros(1, 1, 1)
 
@@ -282,48 +300,51 @@ class PrunedViT:
             self._seconds += time.perf_counter() - start
         return merged
 
+    def _restore_input(self, module: nn.Module, args: tuple):
+        return (self._whole(args[0]), *args[1:])
+
+    def _restore_output(self, tower: nn.Module, args: tuple, output):
+        output.last_hidden_state = self.plan.restore(output.last_hidden_state)
+        if output.hidden_states is not None:
+            states = enumerate(output.hidden_states)
+            output.hidden_states = tuple(None if x is None else self._plan_of(layer).restore(x) for layer, x in states)
+        return output
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The tokens that left the last layer, put back in place where they stand for more than themselves."""
+        is_whole = self._last is not None and x.shape[1] == self._last.num_tokens and self._last.size is not None
+        return self.plan.restore(x) if is_whole else x
+
     def _pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """timm's pooling; where it looks at more than the prefix, on the tokens put back in place, which weighs each with its size."""
         pool = type(self.model).pool
         kind = pool_type or self.model.global_pool
-        is_whole = self._last is not None and x.shape[1] == self._last.num_tokens and self._last.size is not None
-        if is_whole and (kind not in ("", "token") or getattr(self.model, "attn_pool", None) is not None):
-            x = self.plan.restore(x)
+        if kind not in ("", "token") or getattr(self.model, "attn_pool", None) is not None:
+            x = self._whole(x)
         return pool(self.model, x) if pool_type is None else pool(self.model, x, pool_type)
 
 
-def check_supported(model: nn.Module, *, is_proportional: bool) -> None:
-    """Raise ValueError, with the reason, unless every block of the model is one whose tokens may be reduced."""
-    from timm.models.eva import Eva, EvaBlock
-    from timm.models.vision_transformer import Block, VisionTransformer
-
+def check_supported(model: nn.Module, parts: ViTParts, strategy: Strategy, *, restore: bool) -> None:
+    """Raise ValueError, with the reason, where the parts of a model cannot be reduced in the way that is asked for."""
     name = type(model).__name__
-    if not isinstance(model, (VisionTransformer, Eva)):
-        raise ValueError(
-            f"{name} is not supported: token reduction knows timm's VisionTransformer (ViT, DeiT, CLIP, DINOv2, SigLIP) and Eva"
-        )
     if _MARK in model.__dict__:
         raise ValueError(f"this {name} is already pruned: leave the first `with vistok.prune(...)` or call its remove()")
-    for index, block in enumerate(model.blocks):
-        if type(block) not in (Block, EvaBlock):
-            kind = f"{type(block).__module__.rsplit('.', 1)[-1]}.{type(block).__name__}"
-            raise ValueError(
-                f"block {index} of this {name} is a {kind}; supported are pre-norm blocks: vision_transformer.Block, eva.EvaBlock"
-            )
-        missing = [part for part in ("q_norm", "k_norm", "attn_drop") if not isinstance(getattr(block.attn, part, None), nn.Module)]
-        if missing:
-            raise ValueError(f"the attention of block {index}, {type(block.attn).__name__}, has no {' and '.join(missing)} to read from")
-        if is_proportional and "attn_mask" not in inspect.signature(block.attn.forward).parameters:
-            raise ValueError(f"{type(block.attn).__name__} takes no attn_mask; update timm, or turn is_proportional off")
+    if strategy.is_proportional:
+        check_mask(parts)
+    if parts.tower is None and restore:
+        raise ValueError("restore is for models of transformers; with timm, `pruned.restore(model.forward_features(images))`")
+    if parts.head_reads_patches and not strategy.is_merging:
+        raise ValueError(f"the head of {name} averages all patches, so none may be dropped: merge them, for example with tome")
 
 
-def prune_vit(model: nn.Module, method: "str | Strategy", *, timed: bool = False, **options) -> PrunedViT:
-    """Reduce tokens in every forward of a timm vision transformer until the returned handle is removed.
+def prune_vit(model: nn.Module, method: "str | Strategy", *, restore: bool = False, timed: bool = False, **options) -> PrunedViT:
+    """Reduce tokens in every forward of a vision transformer until the returned handle is removed.
 
     method: "tome", "pitome", "zero_tprune", "random", "uniform", "cls", or a strategy object. options: the strategy's fields, for example
-    r=13, keep=98 or keep_ratio=0.5. timed: measure the share of planning and folding (wall clock).
+    r=13, keep=98 or keep_ratio=0.5. restore: a tower of transformers returns every token again, each patch what it was merged into, dropped
+    ones 0, so that whatever reads its grid goes on working. timed: measure the share of planning and folding (wall clock).
     """
-    return PrunedViT(model, create_strategy(method, **options), timed=timed)
+    return PrunedViT(model, create_strategy(method, **options), restore=restore, timed=timed)
 
 
 def _rope_rows(rope: Tensor, position: Tensor) -> Tensor:
@@ -337,15 +358,16 @@ def _rope_rows(rope: Tensor, position: Tensor) -> Tensor:
     return gather_rows(rope.expand(B, -1, -1), position)[:, None]
 
 
-def _macs(model: nn.Module, counts: tuple[int, ...], at_block_end: bool) -> int:
+def macs_of(model: nn.Module, counts: tuple[int, ...], *, at_block_end: bool) -> int:
     """Multiply-adds of one image with counts[l] tokens in layer l's attention; its feed-forward sees them reduced unless at_block_end."""
-
-    def weights(module: nn.Module, kind: type[nn.Module]) -> int:
-        return sum(part.weight.numel() for part in module.modules() if isinstance(part, kind))
-
-    total = weights(model.patch_embed, nn.Conv2d) * (counts[0] - model.num_prefix_tokens)
-    for block, before, after in zip(model.blocks, counts, counts[1:]):
-        width = block.attn.proj.in_features
-        total += weights(block.attn, nn.Linear) * before + 2 * width * before**2
-        total += weights(block.mlp, nn.Linear) * (before if at_block_end else after)
-    return total + weights(model.head, nn.Linear)
+    parts = parts_of(model)
+    total = weights(parts.stem, nn.Conv2d) * (counts[0] - parts.num_prefix)
+    for part, before, after in zip(parts.blocks, counts, counts[1:]):
+        width = (
+            part.attention.head_dim * part.attention.num_heads
+            if hasattr(part.attention, "num_heads")
+            else part.attention.o_proj.in_features
+        )
+        total += weights(part.attention) * before + 2 * width * before**2
+        total += weights(part.mlp) * (before if at_block_end else after)
+    return total + sum(weights(head) for head in parts.heads)

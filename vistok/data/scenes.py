@@ -50,6 +50,8 @@ NUM_CONTENTS = FIRST_LETTER + len(LETTERS)
 NOTHING = "nothing"
 PLACES = tuple(f"{row}{column}" for row in "abcd" for column in range(1, GRID + 1))
 KINDS = ("at", "relation", "count", "read")
+SHARES = {"at": 0.2, "relation": 0.4, "count": 0.25, "read": 0.15}
+"""How often each kind is asked where all are: the harder, the more often."""
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 TRAIN, TEST = 0, 1
 """The first part of the seed of a scene: training and test scenes never share one."""
@@ -105,7 +107,9 @@ def question_scene(number: int, *, split: int = TRAIN, num_questions: int = 6, k
         top = cell // GRID * CELL + int(random.integers(CELL - tile.shape[0] + 1))
         left = cell % GRID * CELL + int(random.integers(CELL - tile.shape[1] + 1))
         _paste(image, tile, top, left)
-    questions = tuple(_ask(kinds[int(random.integers(len(kinds)))], contents, types, repeats, random) for _ in range(num_questions))
+    shares = np.cumsum([SHARES[kind] for kind in kinds])
+    drawn = [kinds[int(np.searchsorted(shares, random.random() * shares[-1], side="right"))] for _ in range(num_questions)]
+    questions = tuple(_ask(kind, contents, types, repeats, random) for kind in drawn)
     return QuestionScene(number, torch.from_numpy(image).permute(2, 0, 1).contiguous(), contents, questions)
 
 

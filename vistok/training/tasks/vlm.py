@@ -2,8 +2,8 @@
 
     <s> [64 image tokens] question ? answer </s> question ? answer </s> ...        several questions about one picture in one sequence
 
-    loss = CE(answer tokens) + 1/2 CE(the word for what lies under each patch, said by the language model at that image token)
-         + CE(what lies under each patch) + CE(in which cell it lies) + BCE(what is in the picture; class token)       the tower's own
+    loss = CE(answer tokens) + CE(the words for what lies under each patch and for its place, said by the language model at its image token)
+         + CE(what lies under each patch) + CE(in which cell it lies) + BCE(what is in the picture; class token)   of the tower
 
 The language model reads the tower's features without sending gradients back, as LLaVA does with its frozen CLIP (Liu et al. 2023,
 arXiv 2304.08485): the tower recognises, and every hop of a question has to be made in the language model. That is what makes the model a
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vistok.data.scenes import GRID, KINDS, NUM_CONTENTS, TEST, TRAIN, QuestionScene, name_of, question_scene, vocabulary
+from vistok.data.scenes import GRID, KINDS, NUM_CONTENTS, PLACES, TEST, TRAIN, QuestionScene, name_of, question_scene, vocabulary
 from vistok.image import from_uint8
 from vistok.training.config import TrainConfig
 from vistok.training.task import TrainingTask
@@ -53,8 +53,8 @@ class VLMTaskConfig:
     """Weights of the losses beside that of the answers."""
 
     tower_weight: float = 1.0
-    naming_weight: float = 0.5
-    """Of naming, in the language model, what lies under each patch: without it, answers stay guesses for thousands of steps."""
+    naming_weight: float = 1.0
+    """Of naming, in the language model, each patch's content and place: without it, answers stay guesses for thousands of steps."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class QuestionScenes:
 
     classes: tuple[str, ...] = KINDS
 
-    def __init__(self, *, split: str = "train", num_questions: int = 6):
+    def __init__(self, *, split: str = "train", num_questions: int = 8):
         self.split, self.num_questions = TRAIN if split == "train" else TEST, num_questions
 
     def __len__(self) -> int:
@@ -153,6 +153,9 @@ class VLMTask(TrainingTask):
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         edge = torch.arange(side) * GRID // side
         self.register_buffer("cells", (edge[:, None] * GRID + edge).flatten(), persistent=False)  # [N]: the cell each patch lies in
+        places = torch.tensor([self._number[place] for place in PLACES])
+        self.register_buffer("places", places[self.cells], persistent=False)  # [N]: the token that names it
+        self.register_buffer("patches", torch.arange(side**2), persistent=False)
 
     def describe(self) -> dict:
         return {**super().describe(), "model_config": self.model.config.to_dict()}
@@ -199,8 +202,8 @@ class VLMTask(TrainingTask):
         is_asked = target >= 0
         logits = self.model.lm_head(hidden[is_asked])
         answers = F.cross_entropy(logits, target[is_asked])
-        names = self.model.lm_head(hidden[:, 1 : 1 + features.shape[1]])
-        naming = F.cross_entropy(names.flatten(0, 1), self.words[under].flatten())
+        names = self.model.lm_head(hidden[:, 1 : 1 + features.shape[1]]).log_softmax(dim=-1)  # [B, N, V]
+        naming = -(names.gather(2, self.words[under][..., None]) + names[:, self.patches, self.places, None]).mean() / 2
         logs = {
             "answer_loss": answers, "naming_loss": naming, "contents_loss": contents, "cell_loss": cell, "presence_loss": presence,
             "answers": (logits.argmax(dim=-1) == target[is_asked]).float().mean(),

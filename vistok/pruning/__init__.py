@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from vistok.pruning.blocks import is_vision_tower
 from vistok.pruning.language import prune_vision_language
 from vistok.pruning.layers import LayerReport, PrunedLayers, prune_layers
 from vistok.pruning.plan import ReductionPlan
@@ -25,9 +26,11 @@ def prune(model: nn.Module, method, **options) -> PrunedViT | PrunedVLM | Pruned
             logits = model(images)
             print(pruned.stats())
 
-    model: a timm vision transformer (methods and options: `vistok.pruning.vit.prune_vit`) or a transformers vision-language model, which
-    then gets fewer visual tokens (`vistok.pruning.language.prune_vision_language`); unchanged otherwise.
+    model: a vision transformer of timm or transformers (methods and options: `vistok.pruning.vit.prune_vit`) or a transformers
+    vision-language model, which then gets fewer visual tokens (`vistok.pruning.language.prune_vision_language`); unchanged otherwise.
     Raises ValueError with the reason for a model whose tokens cannot be reduced.
     """
     is_from_transformers = any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)
-    return prune_vision_language(model, method, **options) if is_from_transformers else prune_vit(model, method, **options)
+    if is_from_transformers and not is_vision_tower(model):
+        return prune_vision_language(model, method, **options)
+    return prune_vit(model, method, **options)

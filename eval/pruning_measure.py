@@ -1,0 +1,200 @@
+"""What token reduction costs and saves, measured: one `Measurement` a setting, with a number for every image so that settings can be paired.
+
+Vision transformers are matched by multiply-adds: `matched` finds the schedule of a method that comes nearest to a share of the unpruned
+model's. Vision-language models are matched by visual tokens that are left. The lower-resolution baseline sees a smaller picture and does
+nothing else. C classes, n images or questions.
+"""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import vistok
+from vistok.pruning.strategies import Strategy, ZeroTPrune, create_strategy
+from vistok.pruning.vit import macs_of
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One setting. right, agrees: [n] bool; divergence: [n] KL(unpruned || pruned) in nats; the rest are means of an image."""
+
+    right: Tensor
+    agrees: Tensor
+    divergence: Tensor
+    macs_ratio: float
+    seconds: float
+    tokens: float
+    """Tokens that leave the last layer (vision transformer), or visual tokens in the cache of a layer (language model)."""
+    cache_bytes: float | None = None
+
+    def row(self) -> dict[str, float | None]:
+        """Plain numbers."""
+        return {
+            "accuracy": float(self.right.float().mean()), "agreement": float(self.agrees.float().mean()),
+            "kl": float(self.divergence.mean()), "macs_ratio": self.macs_ratio, "ms": 1000 * self.seconds, "tokens": self.tokens,
+            "cache_bytes": self.cache_bytes,
+        }  # fmt: skip
+
+
+# -- vision transformers --------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def run_vit(
+    model: nn.Module, images: Tensor, labels: Tensor, reference: Tensor | None, method: "str | Strategy | None", *, batch_size: int = 50
+) -> tuple[Measurement, Tensor]:
+    """Classify images [n, 3, H, W] with a method (None: unpruned). reference: the unpruned logits [n, C], None to take this run's own.
+
+    Returns the measurement and this run's logits.
+    """
+    parts, start = [], time.process_time()
+    if method is None:
+        parts = [model(batch) for batch in images.split(batch_size)]
+        seconds, ratio = time.process_time() - start, 1.0
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    else:
+        with vistok.prune(model, method) as pruned:
+            parts = [model(batch) for batch in images.split(batch_size)]
+            seconds = time.process_time() - start
+            ratio, tokens = pruned.stats().macs_ratio, pruned.stats().num_tokens[-1]
+    logits = torch.cat(parts)
+    return _measured(logits, labels, reference, macs_ratio=ratio, seconds=seconds / len(images), tokens=tokens), logits
+
+
+def run_lower_resolution(
+    model: nn.Module, images: Tensor, labels: Tensor, reference: Tensor, macs_ratio: float, *, batch_size: int = 50
+) -> Measurement:
+    """The baseline: the same model on pictures shrunk until its multiply-adds are as near to the share as whole patches allow."""
+    grid, patch = model.patch_embed.grid_size[0], model.patch_embed.patch_size[0]
+    prefix, depth = model.num_prefix_tokens, len(model.blocks)
+    full = macs_of(model, (grid**2 + prefix,) * (depth + 1), at_block_end=True)
+    ratios = {side: macs_of(model, (side**2 + prefix,) * (depth + 1), at_block_end=True) / full for side in range(1, grid + 1)}
+    side = min(ratios, key=lambda side: abs(ratios[side] - macs_ratio))
+    small = copy.deepcopy(model)
+    small.set_input_size(img_size=side * patch)
+    shrunk = F.interpolate(images, size=(side * patch,) * 2, mode="bicubic", antialias=True).clamp(-1, 1)
+    start = time.process_time()
+    with torch.inference_mode():
+        logits = torch.cat([small(batch) for batch in shrunk.split(batch_size)])
+    seconds = (time.process_time() - start) / len(images)
+    return _measured(logits, labels, reference, macs_ratio=ratios[side], seconds=seconds, tokens=side**2 + prefix)
+
+
+def matched(model: nn.Module, method: str, macs_ratio: float, **options) -> Strategy:
+    """The method with the schedule whose multiply-adds come nearest to a share of the unpruned model's, from static counts alone.
+
+    Zero-TPrune's published rates are raised to one power in all its pruning layers; every other method removes tokens evenly.
+    Raises ValueError: the share is out of reach.
+    """
+    patches, prefix, depth = model.patch_embed.num_patches, model.num_prefix_tokens, len(model.blocks)
+    full = macs_of(model, (patches + prefix,) * (depth + 1), at_block_end=True)
+
+    def ratio(strategy: Strategy) -> float:
+        counts = [patches + prefix]
+        for removed in strategy.counts(depth, patches):
+            counts.append(counts[-1] - removed)
+        return macs_of(model, tuple(counts), at_block_end=strategy.at_block_end) / full
+
+    if method == "zero_tprune":
+        published = {layer: rate for layer, rate in ZeroTPrune(**options).rates_for(depth).items()}
+        found = [
+            ZeroTPrune(rates={layer: rate ** (step / 20) for layer, rate in published.items()}, **options) for step in range(0, 121, 2)
+        ]
+    else:
+        found = []
+        for keep in range(1, patches + 1):
+            try:
+                found.append(create_strategy(method, keep=keep, **options))
+                found[-1].counts(depth, patches)
+            except ValueError:  # fewer than halving in every layer leaves
+                found = []
+    best = min(found, key=lambda strategy: abs(ratio(strategy) - macs_ratio))
+    if abs(ratio(best) - macs_ratio) > 0.03:
+        raise ValueError(f"{method} with {options} comes no nearer to {macs_ratio:.2f} of the multiply-adds than {ratio(best):.2f}")
+    return best
+
+
+def _measured(logits: Tensor, labels: Tensor, reference: Tensor | None, **facts) -> Measurement:
+    reference = logits if reference is None else reference
+    divergence = F.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none").sum(dim=-1)
+    answers = logits.argmax(dim=-1)
+    return Measurement(answers == labels, answers == reference.argmax(dim=-1), divergence.clamp(min=0), **facts)
+
+
+# -- vision-language models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions about pictures: messages as a processor takes them, the right answers and the kinds."""
+
+    images: Sequence
+    texts: Sequence[str]
+    answers: Sequence[str]
+    kinds: Sequence[str]
+
+
+@torch.inference_mode()
+def run_vlm(
+    model: nn.Module, asked: Asked, reference: "tuple[Tensor, list[str]] | None", method: str | None, *, batch_size: int = 50, **options
+) -> tuple[Measurement, tuple[Tensor, list[str]]]:
+    """Answer greedily with a method (None: unpruned) and its options. reference: (first-token logits [n, V], answers) of the unpruned model.
+
+    Returns the measurement and this run's own reference. seconds: of a whole answer, prefill included.
+    """
+    processor, new = model.processor, 1 + max(len(answer.split()) for answer in asked.answers)
+    logits, said, seconds, report = [], [], 0.0, None
+    handle = None if method is None else vistok.prune(model, method, **options)
+    try:
+        for start in range(0, len(asked.texts), batch_size):
+            part = slice(start, start + batch_size)
+            inputs = processor(images=list(asked.images[part]), text=list(asked.texts[part]), return_tensors="pt", padding=True)
+            begin = time.process_time()
+            out = model.generate(**inputs, max_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            seconds += time.process_time() - begin
+            logits.append(out.logits[0].float())
+            said += processor.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        report = None if handle is None else handle.stats()
+    finally:
+        if handle is not None:
+            handle.remove()
+    said = [" ".join(text.split()) for text in said]
+    first, own = torch.cat(logits), said
+    before, texts = (first, own) if reference is None else reference
+    divergence = F.kl_div(first.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="none").sum(dim=-1)
+    right = torch.tensor([text == answer for text, answer in zip(said, asked.answers, strict=True)])
+    agrees = torch.tensor([text == other for text, other in zip(said, texts, strict=True)])
+    lengths = prompt_lengths(model, inputs["input_ids"].shape[1], report)
+    full = [inputs["input_ids"].shape[1]] * len(lengths)
+    config = model.config.text_config
+    width = config.num_key_value_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    visual = int((inputs["input_ids"] == model.config.image_token_id).sum(dim=1).max())
+    measured = Measurement(
+        right, agrees, divergence.clamp(min=0), macs_ratio=prefill_macs(config, lengths) / prefill_macs(config, full),
+        seconds=seconds / len(asked.texts), tokens=visual - (sum(full) - sum(lengths)) / len(lengths),
+        cache_bytes=sum(lengths) * 2 * width * 4,
+    )  # fmt: skip
+    return measured, (first, own)
+
+
+def prompt_lengths(model: nn.Module, length: int, report) -> list[int]:
+    """Tokens of the longest prompt in each layer of the language model."""
+    depth = model.config.text_config.num_hidden_layers
+    if report is None:
+        return [length] * depth
+    if hasattr(report, "tokens_per_layer"):
+        return list(report.tokens_per_layer)
+    return [report.pruned_length] * depth
+
+
+def prefill_macs(config, lengths: Sequence[int]) -> int:
+    """Multiply-adds of a Llama-like language model on a prompt with lengths[l] tokens in layer l; embeddings and head left out."""
+    d, hidden = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or d // config.num_attention_heads
+    weights = 2 * d * head * (config.num_attention_heads + config.num_key_value_heads) + 3 * d * hidden
+    return sum(n * weights + 2 * n * n * head * config.num_attention_heads for n in lengths)

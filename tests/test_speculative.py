@@ -12,6 +12,7 @@ from vistok.decoding.accept import make_rule
 from vistok.decoding.draft import TreeShape
 from vistok.decoding.drafters import make_drafter
 from vistok.decoding.speculative import speculate
+from vistok.decoding.tuning import Pace
 from vistok.decoding.uniforms import Uniforms
 from vistok.layers.placement import PlacedCache
 
@@ -77,20 +78,20 @@ def condition(model, batch):
 def test_greedy_tokens_are_those_of_the_plain_loop(kind, case):
     model = make(kind)
     for batch, scale in ((1, 1.0), (4, 2.5), (4, 1.0), (1, 2.5))[: 4 if kind == "grid" else 2]:
-        options = dict(sampling=GREEDY, guidance_scale=scale)
-        expected, plain = generate(model, condition(model, batch), generators=rng.image_generators(0, batch), **options)
-        got, stats = speculate(model, condition(model, batch), drafter=drafter_for(case, model), rule=make_rule("standard"),
-                               generators=rng.image_generators(0, batch), **options)  # fmt: skip
+        options = dict(sampling=GREEDY, generators=rng.image_generators(0, batch), guidance_scale=scale)
+        expected, plain = generate(model, condition(model, batch), **options)
+        got, stats = run(model, case, batch, sampling=GREEDY, scale=scale)
         assert torch.equal(got.ids, expected.ids)
         assert stats.target_passes <= plain.target_passes
 
 
 def run(model, case, batch=4, first=0, rule="standard", seed=0, scale=1.0, **options):
     """Images first .. first + batch - 1 of a seed."""
-    options = {"sampling": SamplingConfig(temperature=0.9), **options}
+    drafter = drafter_for(case, model)
+    options = {"sampling": SamplingConfig(temperature=0.9), "num_draft_tokens": drafter.num_nodes, **options}
     labels = [b % 3 for b in range(first, first + batch)]
     return speculate(
-        model, model.make_condition(batch, labels=labels), drafter=drafter_for(case, model), rule=make_rule(rule),
+        model, model.make_condition(batch, labels=labels), drafter=drafter, rule=make_rule(rule),
         generators=rng.image_generators(seed, range(first, first + batch)), guidance_scale=scale, **options,
     )  # fmt: skip
 
@@ -122,7 +123,7 @@ def test_a_drafter_that_is_the_target_is_always_right(kind, case, accepted):
     N = model.max_tokens
     for sampling in (GREEDY, SamplingConfig(top_k=5)) if case == "model" else (GREEDY,):
         _, stats = speculate(model, condition(model, 2), drafter=drafter, rule=make_rule("standard"), sampling=sampling,
-                             generators=rng.image_generators(0, 2), guidance_scale=2.0)  # fmt: skip
+                             num_draft_tokens=drafter.num_nodes, generators=rng.image_generators(0, 2), guidance_scale=2.0)  # fmt: skip
         passes = -(-(N - 1) // (accepted + 1))
         assert stats.target_passes == 1 + passes
 
@@ -133,7 +134,7 @@ def test_a_draft_beyond_the_last_token_is_cut_off(num_tokens):
     drafter = make_drafter("model", model, model=model, length=7)
     plain, _ = generate(model, condition(model, 3), generators=rng.image_generators(0, 3), num_tokens=num_tokens, sampling=GREEDY)
     tokens, stats = speculate(model, condition(model, 3), drafter=drafter, rule=make_rule("standard"), sampling=GREEDY,
-                              generators=rng.image_generators(0, 3), num_tokens=num_tokens)  # fmt: skip
+                              num_draft_tokens=7, generators=rng.image_generators(0, 3), num_tokens=num_tokens)  # fmt: skip
     assert torch.equal(tokens.ids, plain.ids)
     assert stats.num_tokens == 3 * num_tokens
     assert stats.image_passes + sum(n * count for n, count in enumerate(stats.accepted)) == 3 * (num_tokens - 1)
@@ -202,3 +203,37 @@ def test_a_path_that_was_kept_leaves_the_cache_as_if_it_had_been_read_in_order(k
     chain = cache.behind(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, 1, dtype=torch.bool), span=(prefix + 5, prefix + 6))
     after = model.extend(torch.stack([ids[0, 5], ids[1, 6]])[:, None], chain, cache)
     assert torch.allclose(after[0, 0], expected[0, 6], atol=1e-4) and torch.allclose(after[1, 0], expected[1, 7], atol=1e-4)
+
+
+def paced(times, accepts, *, most=4, num_tokens=64, can_shorten=True, t0=1.0):
+    """A Pace after a call whose step with m draft tokens takes times[m] and accepts `accepts` of them at most; and what the call cost."""
+    pace, progress, seconds, counts = Pace(most, num_tokens, t0, can_shorten=can_shorten), 0, 0.0, torch.zeros(most + 1)
+    while progress < num_tokens and pace.budget:
+        accepted = min(accepts, pace.budget)
+        progress, seconds = progress + accepted + 1, seconds + times[pace.budget]
+        counts[accepted] += 1
+        pace.note(times[pace.budget], progress, lambda: counts)
+    return pace, seconds + t0 * (num_tokens - progress)
+
+
+@pytest.mark.parametrize("full", [1.1, 1.5, 4.0])
+def test_drafting_that_gains_nothing_ends_before_it_costs_five_percent(full):
+    pace, cost = paced([1, 1, 1, 1, full], 0)
+    assert pace.budget == 0 and "plain decoding" in pace.decision
+    assert cost <= 1.05 * 64 or full == 4.0 and cost <= 64 + 3  # one step is the least that can be tried
+
+
+def test_a_chain_becomes_as_long_as_pays_and_a_tree_stays_whole():
+    pace, cost = paced([1, 1.2, 1.4, 1.6, 1.8], 2)
+    assert pace.budget == 2 and cost < 40
+    pace, _ = paced([1, 1.2, 1.4, 1.6, 1.8], 2, can_shorten=False)
+    assert pace.budget == 4
+    assert pace.break_even == pytest.approx(1.8)
+
+
+def test_finding_the_length_changes_no_token_of_drafts_that_are_not_drawn():
+    model = make()
+    plain, _ = generate(model, condition(model, 4), generators=rng.image_generators(0, 4), sampling=SamplingConfig(temperature=0.9))
+    tokens, stats = run(model, "copy", num_draft_tokens=None)
+    assert torch.equal(tokens.ids, plain.ids)
+    assert stats.decision and stats.break_even > 0

@@ -87,7 +87,7 @@ def z_of(case, rule="standard", scale=1.0, sampling=None, num_tokens=N):
     drafter = drafter_for(case, model)
     condition = model.make_condition(IMAGES, labels=torch.ones(IMAGES, dtype=torch.long))
     uniforms = torch.rand(IMAGES, 150, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    tokens, stats = speculate(model, condition, drafter=drafter, rule=make_rule(rule), uniforms=uniforms, num_tokens=num_tokens,
+    tokens, stats = speculate(model, condition, drafter=drafter, rule=make_rule(rule), uniforms=uniforms, num_tokens=num_tokens, num_draft_tokens=drafter.num_nodes,
                               sampling=sampling, guidance_scale=scale)  # fmt: skip
     assert sum(stats.accepted[1:]) > 0.02 * IMAGES, "nothing was accepted, so nothing was tested"
     return surprise(tokens.ids[:, :N], joint_law(model, condition, sampling, scale))

@@ -14,20 +14,24 @@ B images, R rows (2B under guidance), N tokens, M draft tokens, V vocabulary.
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vistok import rng
-from vistok.decoding.draft import Draft
+from vistok.decoding.draft import Draft, TreeShape
 from vistok.decoding.generate import guidance_schedule
 from vistok.decoding.sampling import SamplingConfig, sample
 from vistok.decoding.state import DecodingState, TargetPass
 from vistok.decoding.stats import SpeculationStats, Tally
+from vistok.decoding.tuning import Pace, clock_for, plain_seconds
 from vistok.decoding.uniforms import GivenUniforms, Uniforms
-from vistok.decoding.walk import Verdict, walk
+from vistok.decoding.walk import Verdict, walk, walk_chain
 from vistok.layers.placement import PlacedCache
 from vistok.tokens import VisualTokens
+
+_LONGEST_AT_ONCE = 16  # tokens of a chain whose laws are all computed; behind a longer one's first rejection most would not be read
 
 
 def check_target(model) -> None:
@@ -51,7 +55,7 @@ def speculate(
     generators: Sequence[torch.Generator] | None = None,
     uniforms: Tensor | None = None,
     num_tokens: int | None = None,
-    num_draft_tokens: int | None = None,
+    num_draft_tokens: int | Literal["auto"] | None = None,
     sampling: SamplingConfig | None = None,
     guidance_scale: float | Callable[[int], float] = 1.0,
     on_step: Callable[[int, Tensor], None] | None = None,
@@ -60,7 +64,10 @@ def speculate(
 
     drafter, rule: see `vistok.protocols`; `make_drafter` and `make_rule` build them by name. With an exact rule the tokens have the law of
     `generate`; where the drafter's tokens are not drawn, or temperature is 0, they are the very tokens of `generate` with those generators,
-    up to rounding. num_draft_tokens: M, all that the drafter makes by default.
+    up to rounding.
+    num_draft_tokens: M; "auto" finds it while it drafts and goes back to plain decoding where drafting loses (`decoding.tuning`). Of drawn
+    drafts the tokens then depend on how quick the machine is, though not their law. None: "auto" where no token depends on it, else all
+    that the drafter makes.
     uniforms: [B, n] on [0, 1), instead of generators, used in the order the head of this file says; n is at least N and enough.
     Every generator is advanced by `model.max_tokens` uniforms and one integer. Image i depends on its own generator alone.
     Raises ValueError: the generator is no next-token model or in training mode, a number is out of range, or not exactly one of generators
@@ -72,9 +79,10 @@ def speculate(
     B, N = len(uniforms if generators is None else generators), model.max_tokens if num_tokens is None else num_tokens
     if isinstance(N, bool) or not isinstance(N, int) or not 1 <= N <= model.max_tokens:
         raise ValueError(f"num_tokens={num_tokens!r} but this generator makes 1 to {model.max_tokens} tokens")
-    M = drafter.num_nodes if num_draft_tokens is None else num_draft_tokens
-    if not 0 <= M <= drafter.num_nodes:
-        raise ValueError(f"num_draft_tokens={M} but this drafter makes 0 to {drafter.num_nodes}")
+    M = num_draft_tokens if isinstance(num_draft_tokens, int) else drafter.num_nodes
+    if not 0 <= M <= drafter.num_nodes or not (num_draft_tokens in (None, "auto") or isinstance(num_draft_tokens, int)):
+        raise ValueError(f"num_draft_tokens={num_draft_tokens!r} but this drafter makes 0 to {drafter.num_nodes}, or 'auto'")
+    sampling = sampling or SamplingConfig()
 
     began = time.perf_counter()
     if generators is not None:
@@ -85,23 +93,37 @@ def speculate(
     else:
         of_position, stream = uniforms[:, :N].to(model.device), GivenUniforms(uniforms[:, N:].to(model.device))
     of_position = torch.cat([of_position[:, :N], of_position.new_zeros(B, M + 1)], dim=1)  # what overshoots is drawn and thrown away
-    state = _prefill(model, condition, of_position, stream, num_tokens=N, margin=M + 1, sampling=sampling or SamplingConfig(),
+    state = _prefill(model, condition, of_position, stream, num_tokens=N, margin=M + 1, sampling=sampling,
                      guidance_scale=guidance_scale)  # fmt: skip
     tally = Tally(B, drafter.num_nodes, device=model.device)
-    drafter.start(state)
     reported = _report(on_step, state, 0)
-    while state.span[0] < N:
-        drafting = time.perf_counter()
-        draft = drafter.propose(state, M)
-        tally.drafter_seconds += time.perf_counter() - drafting
+    pace, budget, clock = None, M if N > 1 else 0, clock_for(model.device)
+    if budget:
+        drafter.start(state)
+    while state.span[0] < N and budget:
+        drafting = clock()
+        draft = drafter.propose(state, budget)
+        drafting = clock() - drafting
+        if pace is None and (num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling))):
+            t0 = plain_seconds(model, state.num_rows, clock, lambda: _next_token(state, of_position)[0].item())
+            pace = Pace(M, N, t0, can_shorten=draft.shape.is_chain)
+        verifying = clock()
         verdict, target = verify(state, draft, rule, of_position)
         tally.add(draft, verdict)
-        drafting = time.perf_counter()
+        observing = clock()
         drafter.observe(state, verdict, target)
-        tally.drafter_seconds += time.perf_counter() - drafting
+        ended = clock()
+        tally.drafter_seconds += drafting + ended - observing
+        if pace is not None:
+            pace.note(drafting + ended - verifying, state.span[0] - 1, tally.accepted)
+            budget = pace.budget
+        reported = _report(on_step, state, reported)
+    while state.span[0] < N:
+        tally.add_plain(state.active)
+        _take(state, _next_token(state, of_position))
         reported = _report(on_step, state, reported)
     ids = state.ids[:, :N].clone()
-    stats = tally.stats(num_tokens=B * N, seconds=time.perf_counter() - began, drafter=drafter, rule=rule)
+    stats = tally.stats(num_tokens=B * N, seconds=time.perf_counter() - began, drafter=drafter, rule=rule, pace=pace)
     return VisualTokens.from_ids(ids, model.layout), stats
 
 
@@ -119,9 +141,20 @@ def _prefill(
     ids = torch.zeros(B, N + margin, dtype=torch.int64, device=model.device)
     features = model.features(ids.new_empty(rows, 0), condition, cache=cache)
     state = DecodingState(
-        model=model, condition=condition, sampling=sampling, scales=torch.tensor(scales, device=ids.device), num_images=B, num_rows=rows,
-        num_tokens=N, stream=stream, ids=ids, counts=ids.new_ones(B), span=(1, 1), cache=PlacedCache(cache), features=features[:, -1],
-    )  # fmt: skip
+        model=model,
+        condition=condition,
+        sampling=sampling,
+        scales=scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=ids.device),
+        num_images=B,
+        num_rows=rows,
+        num_tokens=N,
+        stream=stream,
+        ids=ids,
+        counts=ids.new_ones(B),
+        span=(1, 1),
+        cache=PlacedCache(cache),
+        features=features[:, -1],
+    )
     first = state.law(model.head(features[:, -1:]), ids[:, :1])[:, 0]
     ids[:, 0] = sample(first, of_position[:, 0])
     return state
@@ -139,16 +172,17 @@ def verify(state: DecodingState, draft: Draft, rule, of_position: Tensor) -> tup
     )
     target = TargetPass(state, draft, ids, state.model.extend(state.rows(ids), placement, state.cache))
     steps = torch.arange(shape.depth + 1, device=ids.device)
-    verdict = walk(
-        draft,
-        lambda node, depth: target.law(node[:, None])[:, 0],
-        rule,
-        state.uniforms(shape.num_tokens),
-        of_position.gather(1, state.counts[:, None] + steps),
+    options = dict(
+        coins=state.uniforms(shape.num_tokens),
+        position_uniforms=of_position.gather(1, state.counts[:, None] + steps),
         active=state.active,
         room=state.num_tokens - state.counts,
         hidden=target.features[:B] if rule.needs_hidden else None,
     )
+    if shape.is_chain and 0 < shape.num_tokens <= _LONGEST_AT_ONCE:
+        verdict = walk_chain(draft, target.law(), rule, **options)
+    else:
+        verdict = walk(draft, lambda node: target.law(node[:, None])[:, 0], rule, **options)
     path, accepted = verdict.path.clamp(min=0), verdict.emitted - 1
     state.cache.keep(state.rows(path), state.rows(accepted), is_chain=shape.is_chain)
     # the accepted tokens, then the one after them; what stands behind that is overwritten before it is read
@@ -162,6 +196,32 @@ def verify(state: DecodingState, draft: Draft, rule, of_position: Tensor) -> tup
     state.counts = state.counts + verdict.emitted
     state.span = tuple(torch.stack(state.counts.aminmax()).tolist())  # the step's one wait for the device
     return verdict, target
+
+
+def _next_token(state: DecodingState, of_position: Tensor) -> Tensor:
+    """[B] the token after each root, as the plain loop draws it; a pass over the roots alone."""
+    alone = TreeShape.chain(0, state.ids.device)
+    prefix = state.cache.prefix_length
+    span = (prefix + state.span[0] - 1, prefix + state.span[1] - 1)
+    placement = state.cache.behind(alone.depths, alone.ancestors, span=span)
+    features = state.model.extend(state.rows(state.root[:, None]), placement, state.cache)
+    where = state.counts[:, None]
+    return sample(state.law(state.model.head(features), where)[:, 0], of_position.gather(1, where)[:, 0])
+
+
+def _take(state: DecodingState, token: Tensor) -> None:
+    """Commit one token [B] to every image that still grows."""
+    active = state.active.long()
+    # a finished image takes one too, where nothing reads it
+    state.ids.scatter_(1, state.counts[:, None], token[:, None])
+    state.counts = state.counts + active
+    state.cache.lengths = state.cache.lengths + state.rows(active)
+    state.span = tuple(min(count + 1, state.num_tokens) for count in state.span)
+
+
+def _is_free(draft: Draft, rule, sampling: SamplingConfig) -> bool:
+    """Whether the tokens do not depend on what is drafted: those of the plain loop come out of any draft."""
+    return rule.exact and (draft.drawn == "deterministic" or sampling.temperature == 0)
 
 
 def _report(on_step, state: DecodingState, reported: int) -> int:

@@ -23,8 +23,8 @@ class DecodingState:
     condition: object
     """Conditions of the R rows."""
     sampling: SamplingConfig
-    scales: Tensor
-    """[N + margin] float: guidance of each position."""
+    scales: Tensor | float
+    """[N] float: guidance of each position; one number where it is the same for all."""
     num_images: int
     num_rows: int
     num_tokens: int
@@ -65,6 +65,8 @@ class DecodingState:
         if self.num_rows == self.num_images:
             return logits
         conditional, unconditional = logits.chunk(2)
+        if isinstance(self.scales, float):
+            return unconditional + self.scales * (conditional - unconditional)
         scale = self.scales[positions.clamp(max=len(self.scales) - 1)][..., None]
         return torch.where(scale == 1, conditional, unconditional + scale * (conditional - unconditional))
 
@@ -90,8 +92,8 @@ class TargetPass:
         at = self._logits[torch.arange(len(rows), device=rows.device)[:, None], rows]
         return self._state.guided(at, self._positions.gather(1, nodes))
 
-    def law(self, nodes: Tensor) -> Tensor:
-        """p [B, n, V] after nodes [B, n]: guided and warped."""
+    def law(self, nodes: Tensor | None = None) -> Tensor:
+        """p [B, n, V] after nodes [B, n], or all of them: guided and warped."""
         return warp(self.logits(nodes), self._state.sampling).softmax(-1)
 
     def on_path(self, verdict: Verdict) -> Tensor:

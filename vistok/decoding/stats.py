@@ -74,7 +74,16 @@ class Tally:
         self._accepted.index_add_(0, (verdict.emitted - 1).clamp(min=0).clamp(max=draft.shape.depth), counted)
         self._spent += verdict.spent.sum()
 
-    def stats(self, *, num_tokens: int, seconds: float, drafter, rule) -> SpeculationStats:
+    def add_plain(self, active: Tensor) -> None:
+        """Count one pass over the roots alone. active: [B] bool, images it gave a token."""
+        self._passes += 1
+        self._accepted[0] += active.sum()
+
+    def accepted(self) -> Tensor:
+        """Counts of passes that accepted 0, 1, 2, ... draft tokens, on the CPU."""
+        return self._accepted.cpu()
+
+    def stats(self, *, num_tokens: int, seconds: float, drafter, rule, pace) -> SpeculationStats:
         """The numbers of the call. The pass over the condition counts as a target pass."""
         accepted = self._accepted.tolist()
         while len(accepted) > 1 and not accepted[-1]:
@@ -83,4 +92,5 @@ class Tally:
         return SpeculationStats(
             self.num_images, num_tokens, 1 + self._passes, seconds, drafter=drafter.name, rule=str(rule), image_passes=sum(accepted),
             accepted=tuple(accepted), drafter_seconds=self.drafter_seconds, total_variation_spent=spent,
+            break_even=pace and pace.break_even, decision=pace.decision if pace else "",
         )  # fmt: skip

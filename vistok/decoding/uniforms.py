@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vistok import rng
 
+_AHEAD = 1024  # numbers made at once: a few tensor operations for many small draws
+
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
@@ -37,6 +39,7 @@ class Uniforms:
     def __init__(self, keys: Tensor):
         """keys: [B] int64, from the images' generators."""
         self._keys, self._used = _mix(keys), 0
+        self._block, self._begin, self._end = torch.empty(len(keys), 0), 0, 0
 
     @classmethod
     def from_generators(cls, generators: Sequence[torch.Generator], device: torch.device | str) -> "Uniforms":
@@ -45,10 +48,14 @@ class Uniforms:
 
     def draw(self, count: int) -> Tensor:
         """The next `count` numbers of every row: [B, count] float64."""
-        numbers = torch.arange(self._used + 1, self._used + 1 + count, device=self._keys.device)
+        if self._used + count > self._end:
+            ahead = max(count, min(_AHEAD, 2**20 // len(self._keys)))
+            numbers = torch.arange(self._used + 1, self._used + 1 + ahead, device=self._keys.device)
+            bits = _shifted(_mix(self._keys[:, None] + numbers * _GOLDEN), 11)
+            self._block, self._begin, self._end = bits.double() * 2.0**-53, self._used, self._used + ahead
+        first = self._used - self._begin
         self._used += count
-        bits = _shifted(_mix(self._keys[:, None] + numbers * _GOLDEN), 11)
-        return bits.double() * 2.0**-53
+        return self._block[:, first : first + count]
 
 
 class GivenUniforms:

@@ -44,6 +44,7 @@ class JacobiDrafter:
         if self._ids is None:
             nothing = state.ids.new_zeros(state.num_images)
             self._fill_up(state, state.ids.new_zeros(state.num_images, budget), None, nothing, state.uniforms(budget))
+        self._ids, self._q = self._ids[:, :budget], self._q[:, :budget]
         return Draft.chain(self._ids, self._q)
 
     def observe(self, state, verdict, target) -> None:

@@ -17,20 +17,20 @@ STATISTICS_IMAGES = 10_000  # at most so many images measure mean and deviation 
 def xar_tiny() -> Recipe:
     """A two-layer xAR over any tokenizer's tokens; seconds on two CPU cores."""
     shape = dict(width=64, encoder_depth=1, decoder_depth=1, num_heads=2, hidden=128, text="hash", caption_tokens=3, caption_buckets=256)
-    return Recipe("generator", _tiny(image_size=32, max_steps=60), _xar(shape, preview_steps=4), takes=_OPTIONS)
+    return Recipe("generator", _tiny(image_size=32, max_steps=60), xar_task(shape, preview_steps=4), takes=_OPTIONS)
 
 
 @recipe
 def xar_emoji() -> Recipe:
     """Class and caption conditioned xAR, 4 layers of 144, 1.6 M parameters; 64 tokens an image take about 15 minutes on one CPU core."""
-    return Recipe("generator", _xar_emoji_config(max_steps=2200, batch_size=32), _xar(XAR_EMOJI), takes=_OPTIONS)
+    return Recipe("generator", _xar_emoji_config(max_steps=2200, batch_size=32), xar_task(XAR_EMOJI), takes=_OPTIONS)
 
 
 @recipe
 def xar_emoji_16() -> Recipe:
     """Class and caption conditioned xAR, 3 layers of 128, 1.0 M parameters, over the first 16 tokens of emoji-flextok; about 8 minutes."""
     config = _xar_emoji_config(max_steps=2000, batch_size=64)
-    return Recipe("generator", config, _xar(XAR_EMOJI_16), num_tokens=16, takes=_OPTIONS)
+    return Recipe("generator", config, xar_task(XAR_EMOJI_16), num_tokens=16, takes=_OPTIONS)
 
 
 @recipe
@@ -46,7 +46,7 @@ def xar_imagenet256() -> Recipe:
         compile=True, workers=8, save_every=5000, preview_every=5000, process_timeout=600,
     )  # fmt: skip
     shape = dict(width=768, encoder_depth=8, decoder_depth=8, num_heads=12, hidden=2048)
-    return Recipe("generator", config, _xar(shape, dropout=0.1, preview_steps=40), takes=_OPTIONS)
+    return Recipe("generator", config, xar_task(shape, dropout=0.1, preview_steps=40), takes=_OPTIONS)
 
 
 def _xar_emoji_config(**changes) -> TrainConfig:
@@ -57,7 +57,9 @@ def _xar_emoji_config(**changes) -> TrainConfig:
     return replace(base, **changes)
 
 
-def _xar(shape: dict, **task):
+def xar_task(shape: dict, **task):
+    """A recipe's `build`. shape: fields of XARConfig that the tokens do not decide. task: fields of XARTaskConfig."""
+
     def build(sources: Sources) -> TrainingTask:
         import vistok
         from vistok.decoding.flow import code_table

@@ -22,7 +22,7 @@ from torch import Tensor
 from vistok.pruning.methods import topk
 from vistok.pruning.methods.diversity import dart
 from vistok.pruning.methods.sparsevlm import sparsevlm_recycle_plan, text_raters
-from vistok.pruning.tap import AttentionCall
+from vistok.pruning.tap import AttentionCall, attention_of_rows, logits_of
 from vistok.rng import image_generators
 
 _TEXT_PIVOTS = 4
@@ -57,32 +57,12 @@ class StageView:
         return torch.where(self.is_text | self.is_visual, place, -1).amax(dim=1)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """rows: [B, R] int64. Returns [B, H, R, K] float32: scaled logits of these queries over all keys of the call, not masked."""
-        query, key = self.call.query, self.call.key
-        B, H, _, d = query.shape
-        R, groups = rows.shape[1], key.shape[1]
-        query = query.gather(2, rows[:, None, :, None].expand(B, H, R, d)).float()
-        logits = query.reshape(B, groups, H // groups * R, d) @ key.float().transpose(-2, -1) * self.call.scale
-        logits = logits.view(B, H, R, -1)
-        cap = self.call.options.get("softcap")
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """rows: [B, R] int64. Returns [B, H, R, Q] float32: scaled logits of these tokens to each token, not masked."""
+        return logits_of(self.call, rows)[..., -self.hidden.shape[1] :]
 
     def attention(self, rows: Tensor) -> Tensor:
         """rows: [B, R] int64. Returns [B, H, R, Q] float32: what these tokens attend to, as the kernel masked it."""
-        logits, mask = self.logits(rows), self.call.mask
-        B, _, R, K = logits.shape
-        Q = self.hidden.shape[1]
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            mask = mask.expand(B, -1, -1, -1)
-            mask = mask.gather(2, rows[:, None, :, None].expand(B, mask.shape[1], R, mask.shape[-1]))
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
-        else:
-            place = torch.arange(K, device=rows.device)
-            hidden = place > rows[:, None, :, None] + K - Q
-            if isinstance(mask, Tensor):  # FlashAttention's [B, K]
-                hidden = hidden | ~mask[:, None, None, -K:].bool()
-            logits = logits.masked_fill(hidden, -torch.inf)
-        return logits.softmax(dim=-1)[..., -Q:]
+        return attention_of_rows(self.call, rows)[..., -self.hidden.shape[1] :]
 
     def score_of_last(self) -> Tensor:
         """[B, Q]: how much the last token attends to each token, mean over heads."""
@@ -184,7 +164,7 @@ def _sparsevlm(view: StageView, counts: list[int], *, is_plus: bool) -> StageCho
             continue
         raters = _raters(view, row, visual)
         alone = _view_of(view, row)
-        logits = alone.logits(raters[None])[0, :, :, -view.hidden.shape[1] :][..., visual]  # [H, R, n]
+        logits = alone.logits(raters[None])[0][..., visual]  # [H, R, n]
         if is_plus:
             mass = alone.attention(raters[None])[0, :, :, visual].sum(dim=2).mean(dim=1)  # [H]
             logits = logits[topk.ranked(mass[None])[0, :_NUM_HEADS]] / _gravity(alone, raters, visual)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _NAME = "vistok_tap"
@@ -33,6 +34,36 @@ class AttentionCall:
     scale: float
     options: dict
     """The call's other arguments."""
+
+
+def logits_of(call: AttentionCall, rows: Tensor) -> Tensor:
+    """rows: [B, R] int64, numbers of the call's queries. Returns [B, H, R, K] float32: their scaled logits to every key, not masked."""
+    query, key = call.query, call.key
+    B, H, _, d = query.shape
+    R, groups = rows.shape[1], key.shape[1]
+    query = query.gather(2, rows[:, None, :, None].expand(B, H, R, d)).float()
+    logits = query.reshape(B, groups, H // groups * R, d) @ key.float().transpose(-2, -1) * call.scale
+    logits, cap = logits.view(B, H, R, -1), call.options.get("softcap")
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def attention_of_rows(call: AttentionCall, rows: Tensor) -> Tensor:
+    """rows: [B, R] int64, numbers of the call's queries. Returns [B, H, R, K] float32: what they attend to, as the kernel masks it.
+
+    For the attention of a decoder: without a mask it is causal.
+    """
+    logits, mask = logits_of(call, rows), call.mask
+    B, _, R, K = logits.shape
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        mask = mask.expand(B, -1, -1, -1)
+        mask = mask.gather(2, rows[:, None, :, None].expand(B, mask.shape[1], R, mask.shape[-1]))
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
+    else:
+        hidden = torch.arange(K, device=rows.device) > rows[:, None, :, None] + K - call.query.shape[2]
+        if isinstance(mask, Tensor):  # FlashAttention's [B, K]
+            hidden = hidden | ~mask[:, None, None, -K:].bool()
+        logits = logits.masked_fill(hidden, -torch.inf)
+    return logits.softmax(dim=-1)
 
 
 Observer = Callable[[AttentionCall], "tuple[Tensor, Tensor | None] | None"]

@@ -17,9 +17,14 @@ def act(attention: Tensor, *, beta: float, threshold: float, heads: Sequence[int
     L = attention.shape[-1]
     chosen = attention[:, list(heads)]
     received = chosen.sum(dim=-2) / torch.arange(L, 0, -1, device=attention.device)
-    sinks = (received > threshold).index_fill(-1, torch.zeros(1, dtype=torch.int64, device=attention.device), False)[:, :, None, :]
-    turned = torch.where(sinks, chosen * beta, chosen)
-    others = chosen.masked_fill(sinks, 0).sum(dim=-1, keepdim=True)
-    freed = chosen.sum(dim=-1, keepdim=True) - turned.sum(dim=-1, keepdim=True)
-    calibrated = torch.where(sinks, turned, chosen * (1 + freed / others.clamp(min=torch.finfo(chosen.dtype).tiny)))
-    return attention.index_copy(1, torch.tensor(list(heads), device=attention.device), calibrated)
+    sinks = (received > threshold).index_fill(-1, torch.zeros(1, dtype=torch.int64, device=attention.device), False)
+    return attention.index_copy(1, torch.tensor(list(heads), device=attention.device), turn_down(chosen, sinks, beta))
+
+
+def turn_down(attention: Tensor, sinks: Tensor, beta: float) -> Tensor:
+    """attention: [B, H, R, L] probabilities of some rows. sinks: [B, H, L] bool. Returns the rows with the sinks' mass times beta."""
+    sinks = sinks[:, :, None, :]
+    turned = torch.where(sinks, attention * beta, attention)
+    others = attention.masked_fill(sinks, 0).sum(dim=-1, keepdim=True)
+    freed = attention.sum(dim=-1, keepdim=True) - turned.sum(dim=-1, keepdim=True)
+    return torch.where(sinks, turned, attention * (1 + freed / others.clamp(min=torch.finfo(attention.dtype).tiny)))

@@ -24,6 +24,7 @@ _HOMES = {
     "open_dataset": "data",
     "image_generators": "rng",
     "prune": "pruning",
+    "to_int8": "layers.packed",
 }
 __all__ = ["__version__", *_HOMES]
 

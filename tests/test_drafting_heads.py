@@ -1,6 +1,7 @@
 """EAGLE, Medusa and Chimera heads: fast equals slow, exact in the engine however badly trained, save and load; the judge."""
 
 import pytest
+import test_speculative_laws as laws
 import torch
 
 import vistok
@@ -164,3 +165,65 @@ def test_the_judge_reads_the_state_behind_each_draft():
     shown = torch.stack([f.flatten(0, -2)[0] for f in seen])
     assert stats.accepted_per_step > 3
     assert all(float((features - f).abs().amax(1).min()) < 1e-4 for f in shown[:9])
+
+
+def head_for(name, model):
+    """A head with weights of its own: fresh ones say what the target says."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        head = HEADS[name].for_target(model).eval()
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return head
+
+
+def drawn(name, shape, rule, scale, sampling=None):
+    """40,000 images of three tokens and the law that the model gives them."""
+    model = laws.tiny()
+    drafter = make_drafter(
+        name, model, head=head_for(name, model), **{**SHAPES[shape], "length": 2, "num_tokens": 4 if shape == "best" else 0}
+    )
+    condition = model.make_condition(laws.IMAGES, labels=torch.ones(laws.IMAGES, dtype=torch.long))
+    uniforms = torch.rand(laws.IMAGES, 120, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    sampling = sampling or SamplingConfig()
+    tokens, stats = speculate(
+        model, condition, drafter=drafter, rule=rule, uniforms=uniforms, num_tokens=laws.N, num_draft_tokens=drafter.num_nodes,
+        sampling=sampling, guidance_scale=scale,
+    )  # fmt: skip
+    assert sum(stats.accepted[1:]) > 0.02 * laws.IMAGES, "nothing was accepted, so nothing was tested"
+    return tokens.ids, laws.joint_law(model, condition, sampling, scale), stats
+
+
+def test_a_badly_trained_head_leaves_the_joint_law():
+    ids, law, _ = drawn("eagle", "tree", make_rule("standard"), 2.0)
+    assert abs(laws.surprise(ids, law)) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("shape", "rule"), [*((shape, "standard") for shape in SHAPES), ("chain", "k_seq")])
+def test_every_head_in_every_shape_leaves_the_joint_law(name, shape, rule, scale):
+    ids, law, _ = drawn(name, shape, make_rule(rule), scale)
+    assert abs(laws.surprise(ids, law)) < 5
+    ids, law, _ = drawn(name, shape, make_rule(rule), scale, SamplingConfig(temperature=0.8, top_k=3))
+    assert abs(laws.surprise(ids, law)) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eps", [0.05, 0.2])
+@pytest.mark.parametrize("name", ["mixture", "lantern_budget"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rules_with_a_budget_keep_the_joint_law_within_it(shape, name, eps):
+    options = (
+        {"neighbours": torch.tensor([[1, 2, 3], [0, 2, 3], [1, 3, 4], [2, 4, 1], [3, 2, 1]]), "k": 3} if name == "lantern_budget" else {}
+    )
+    ids, law, stats = drawn("medusa", shape, make_rule(name, eps=eps, **options), 1.0)
+    index = (ids * torch.tensor([laws.V**2, laws.V, 1])).sum(1)
+    seen = torch.bincount(index, minlength=laws.V**laws.N).double() / len(ids)
+    apart = 0.5 * float((seen - law).abs().sum())
+    noise = 0.5 * float((2 * law * (1 - law) / (torch.pi * len(ids))).sqrt().sum())
+    assert apart <= 1 - (1 - eps) ** (laws.N - 1) + 2 * noise  # the first token is always the plain loop's
+    assert (stats.total_variation_spent or 0.0) / (len(ids) * (laws.N - 1)) <= eps + 1e-6
+    if shape == "chain":
+        assert apart > noise, "nothing was spent, so nothing was tested"

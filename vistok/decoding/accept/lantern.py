@@ -149,14 +149,13 @@ def carry_mass(p: Tensor, q: Tensor, neighbours: Neighbours, *, k: int, eps: flo
     short, tokens = (q - p).clamp(min=0).topk(min(takers, p.shape[-1]), dim=-1)
     near = nearest_tokens(neighbours, tokens, k)  # [..., takers, k]
     surplus, gained = (p - q).clamp(min=0), torch.zeros_like(short)
-    v, left = p, torch.full_like(p[..., :1], eps)
+    left = torch.full_like(p[..., :1], eps)
     for givers in near.unbind(-1):
-        wanted = torch.zeros_like(p).scatter_add(-1, givers, short)
-        share = quotient(surplus, wanted).clamp(max=1).gather(-1, givers)
-        moved = short * share
+        wanted = torch.zeros_like(p).scatter_add_(-1, givers, short).gather(-1, givers)
+        moved = short * quotient(surplus.gather(-1, givers), wanted).clamp(max=1)
         moved = moved * quotient(left, moved.sum(-1, keepdim=True)).clamp(max=1)
         short, gained, left = short - moved, gained + moved, (left - moved.sum(-1, keepdim=True)).clamp(min=0)
-        surplus = surplus.scatter_add(-1, givers, -moved).clamp(min=0)
+        surplus.scatter_add_(-1, givers, -moved).clamp_(min=0)
     v = torch.minimum(p, q) + surplus  # what is left where p was larger, and below what the takers have
     v = v.scatter_add(-1, tokens, gained)
     return blend(v, q, left[..., 0])

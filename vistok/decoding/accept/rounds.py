@@ -80,9 +80,16 @@ def one_hot(tokens: Tensor, like: Tensor) -> Tensor:
 
 def leftover(p: Tensor, q: Tensor) -> Tensor:
     """norm([p - q]+) [..., V]. Where q covers p nothing can have been rejected, and p is returned: never a law outside its support."""
-    rest = (p - q).clamp(min=0)
+    rest = (p - q).clamp_(min=0)
     total = rest.sum(-1, keepdim=True)
+    if all_true(total > 0):
+        return rest.div_(total)
     return torch.where(total > 0, rest / total.clamp(min=torch.finfo(p.dtype).tiny), p)
+
+
+def all_true(mask: Tensor) -> bool:
+    """Whether all entries are known to be true; an accelerator is not asked, waiting for it costs more than the work that is saved."""
+    return mask.device.type == "cpu" and bool(mask.all())
 
 
 def draws(at: Position) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -94,15 +101,16 @@ def draws(at: Position) -> Iterator[tuple[int, Tensor, Tensor]]:
     """
     if (at.q is None) != (at.drawn == "deterministic") and at.candidates.shape[-1]:
         raise ValueError(f"candidates drawn {at.drawn!r} {'need the' if at.q is None else 'have no'} draft law q")
-    rest = at.q
+    rest, last = at.q, at.candidates.shape[-1] - 1
     for index, tokens in enumerate(at.candidates.unbind(-1)):
         if at.q is None:
             yield index, tokens, one_hot(tokens, at.p)
             continue
-        yield index, tokens, torch.where((chance(rest, tokens) > 0)[..., None], rest, 0.0)
-        if at.drawn == "without_replacement":
+        can_be = chance(rest, tokens) > 0
+        yield index, tokens, rest if all_true(can_be) else torch.where(can_be[..., None], rest, 0.0)
+        if at.drawn == "without_replacement" and index < last:
             rest = rest.scatter(-1, tokens.clamp(min=0)[..., None], 0.0)  # after an absent token no other comes
-            rest = rest / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(rest.dtype).tiny)
+            rest.div_(rest.sum(-1, keepdim=True).clamp_(min=torch.finfo(rest.dtype).tiny))
 
 
 def quotient(mass: Tensor, q: Tensor) -> Tensor:
@@ -138,7 +146,7 @@ def decide_rows(trials: Iterable[Trial], uniforms: Tensor) -> tuple[Tensor, Tens
             return accepted, trial.law
         takes = (accepted < 0) & (uniforms[..., trial.index] < trial.ratio)
         accepted = torch.where(takes, trial.index, accepted)
-        if accepted.device.type == "cpu" and bool((accepted >= 0).all()):  # an accelerator is not asked: waiting costs more than it saves
+        if all_true(accepted >= 0):
             return accepted, trial.law
     raise ValueError("the rule ended without a trial of index -1")
 

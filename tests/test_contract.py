@@ -1,23 +1,70 @@
-"""One suite for every small tokenizer preset: what a generator, the CLI or an evaluation may rely on."""
+"""One suite for every tokenizer class of the registry: what a generator, the CLI or an evaluation may rely on.
+
+Nothing is listed by hand but extra shapes: each registered tokenizer class is run through its smallest preset, and one without a small
+preset fails the suite.
+"""
+
+import dataclasses
 
 import pytest
 import torch
 
 import vistok
+from vistok import registry
 from vistok.protocols import ImageTokenizer
+from vistok.tokens import VisualTokens
 
-SMALL = [name for name in [*vistok.list_models("*-tiny"), "vae-small"] if isinstance(vistok.create(name), ImageTokenizer)]
+TOKENIZERS = ("encode", "decode", "embed")
+CLASSES = sorted(
+    name
+    for name, kind in registry._CLASSES.items()
+    if kind.__module__.startswith("vistok.tokenizers") and all(hasattr(kind, method) for method in TOKENIZERS)
+)
+# shapes of a class that its smallest preset does not show
+VARIANTS = {
+    "titok-tiny, continuous": ("titok-tiny", {"quantizer": "vae"}),
+    "seed-tiny, reverse head": ("seed-tiny", {"head": "reverse", "reverse_depth": 1}),
+    "tokenflow-tiny, one scale": ("tokenflow-tiny", {"scales": (4,)}),
+    "lavit-tiny, all patches computed": ("lavit-tiny", {"merger_eps": 1e-6}),
+}
 
 
-@pytest.fixture(scope="module", params=SMALL)
-def tokenizer(request):
+def _presets() -> dict[str, tuple[str, dict]]:
+    """The tiny presets of tokenizers, and the small one of a class that has no tiny one."""
+    found, classes = {}, set()
+    for pattern in ("*-tiny", "*-small"):
+        for name in vistok.list_models(pattern):
+            with torch.device("meta"):
+                model = vistok.create(name)
+            if isinstance(model, ImageTokenizer) and (pattern == "*-tiny" or type(model) not in classes):
+                found[name] = (name, {})
+                classes.add(type(model))
+    return found
+
+
+SMALL = {**_presets(), **VARIANTS}
+
+
+def build(name):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = vistok.create(request.param).eval()
+        preset, overrides = SMALL[name]
+        model = vistok.create(preset, **overrides).eval()
         for parameter in model.parameters():  # zero-initialised parts would hide what they do
             if parameter.abs().sum() == 0:
                 torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_registered_tokenizer_class_is_in_this_suite(name):
+    kinds = {type(vistok.create(preset, **overrides)).__name__ for preset, overrides in SMALL.values()}
+    assert name in kinds, f"{name} has no *-tiny or *-small preset, so nothing here runs it"
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def tokenizer(request):
+    return build(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +161,74 @@ def test_embedding_gives_code_vectors_for_ids_of_any_shape(tokenizer):
         tokenizer.embed(torch.tensor([tokenizer.codebook_size]))
 
 
-def test_half_precision_gives_finite_images(tokenizer, images):
+def test_half_precision_runs_and_keeps_the_codes_exact(tokenizer, images):
     half = type(tokenizer)(tokenizer.settings).eval()
     half.load_state_dict(tokenizer.state_dict())
     half.to(torch.bfloat16)
-    tokens = half.encode(images[:1, :, :32, :32])  # small: convolutions in bfloat16 are slow on a CPU
-    assert half.decode(tokens).isfinite().all()
+    tokens = half.encode(images[:2])
+    assert half.decode(tokens).isfinite().all() and tokens.data.isfinite().all()
+    same(tokens, half.encode(images[:2]))
+    if tokenizer.codebook_size is not None:
+        assert tokens.ids[tokens.mask].min() >= 0 and tokens.ids.max() < tokenizer.codebook_size
+        # a codebook rounded to half precision would give other ids to the same vectors
+        assert torch.equal(half.embed(tokens.ids.clamp(min=0)).float(), tokenizer.embed(tokens.ids.clamp(min=0)).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_of_another_float_type_are_taken_as_they_are(tokenizer, images, dtype):
+    rounded = images.to(dtype)
+    same(tokenizer.encode(rounded), tokenizer.encode(rounded.float()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda images: (images * 127).to(torch.uint8), "floating point"),
+        (lambda images: images[:, :1], r"\[B, 3, H, W\]"),
+        (lambda images: images[0], r"\[B, 3, H, W\]"),
+        (lambda images: images.numpy(), r"\[B, 3, H, W\]"),
+    ],
+    ids=["integers", "one channel", "no batch", "an array"],
+)
+def test_what_is_no_batch_of_images_is_refused_in_words(tokenizer, images, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode(spoil(images))
+
+
+@pytest.mark.parametrize("number", [0, -1, 10**6])
+def test_a_number_of_tokens_it_cannot_make_is_refused_and_named(tokenizer, images, number):
+    with pytest.raises(ValueError, match=str(number)):
+        tokenizer.encode(images, num_tokens=number)
+
+
+def test_tokens_it_cannot_decode_are_refused(tokenizer, images):
+    tokens = tokenizer.encode(images)
+    if tokenizer.codebook_size is None:
+        with pytest.raises(ValueError):
+            tokenizer.decode(VisualTokens.from_ids(torch.zeros(1, tokenizer.max_tokens, dtype=torch.int64), tokenizer.layout))
+        return
+    beyond = torch.full_like(tokens.ids, tokenizer.codebook_size)
+    with pytest.raises(ValueError, match=str(tokenizer.codebook_size)):
+        tokenizer.decode(VisualTokens.from_ids(beyond, tokens.layout, tokens.counts))
+    values = torch.zeros(*tokens.ids.shape, tokenizer.code_dim)
+    with pytest.raises(ValueError, match="continuous values"):
+        tokenizer.decode(VisualTokens.from_values(values, tokens.layout, tokens.counts))
+
+
+def test_its_config_is_plain_data_and_frozen(tokenizer):
+    settings = tokenizer.settings
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(settings, dataclasses.fields(settings)[0].name, None)
+    assert (
+        type(tokenizer).from_config({key: value for key, value in tokenizer.config.items() if not key.startswith("_")}).settings == settings
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_tokens_there_and_nearly_the_same_ones(tokenizer, images):
+    model = type(tokenizer)(tokenizer.settings).eval()
+    model.load_state_dict(tokenizer.state_dict())
+    tokens, expected = model.to("cuda").encode(images.to("cuda")), tokenizer.encode(images)
+    assert tokens.data.device.type == "cuda" and model.decode(tokens).isfinite().all()
+    if tokens.ids is not None:
+        assert (tokens.ids.cpu() == expected.ids).float().mean() > 0.9  # a GPU rounds otherwise, which can tip a tie

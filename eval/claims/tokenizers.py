@@ -3,10 +3,10 @@
     python -m eval.claims.tokenizers --minutes 10 --seeds 0 1 2 --out runs/claims-tokenizers          half a day on a CPU core
     python -m eval.claims.tokenizers --minutes 0.1 --seeds 0 --gpt-seconds 5 --out /tmp/claims        minutes; shows that it works
 
-Each of the eight models of eval/claims/models.py (64 px, parameters within 20 %, asserted) trains for --minutes: its step is timed first,
-then it gets as many steps as fit, so that learning rates end where they should. A model that is finished in --out is not trained again, so
-the same command goes on after an interruption, and more --seeds add to what is there. Time is CPU time of this process on a CPU, so other
-work on the machine does not count; on a GPU it is wall time. Results: OUT/table.md, OUT/results.json.
+Each of the eight models of eval/claims/tokenizers_models.py (64 px, parameters within 20 %, asserted) trains for --minutes: its step is
+timed first, then it gets as many steps as fit, so that learning rates end where they should. A model that is finished in --out is not
+trained again, so the same command goes on after an interruption, and more --seeds add to what is there. Time is CPU time of this process on
+a CPU, so other work on the machine does not count; on a GPU it is wall time. Results: OUT/table.md, OUT/results.json.
 """
 
 import json
@@ -21,9 +21,9 @@ import tyro
 from tqdm.auto import tqdm
 
 import vistok
-from eval.claims.measure import measure, seed_text_retrieval
-from eval.claims.models import MODELS, SIZE, Entry, vae_task
-from eval.claims.report import markdown, verdicts
+from eval.claims.tokenizers_measure import measure, seed_text_retrieval
+from eval.claims.tokenizers_models import MODELS, SIZE, Entry, vae_task
+from eval.claims.tokenizers_report import markdown, verdicts
 from vistok.metrics import command_line
 from vistok.metrics.protocol import machine, versions
 from vistok.metrics.understanding import Prober

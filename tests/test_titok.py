@@ -210,11 +210,23 @@ def test_a_task_refuses_a_model_or_teacher_that_does_not_fit(images):
         TiTokTask(two_stage(pixel_decoder=None), TiTokTaskConfig(stage="proxy"), teacher=teacher)
     with pytest.raises(ValueError, match="no pixel decoder"):
         TiTokTask(two_stage(pixel_decoder=None))
-    with pytest.raises(ValueError, match="text-aware"):
-        TiTokTask(build(text_width=4))
+    for model, text in ((build(text_width=4), None), (build(), "hash")):
+        with pytest.raises(ValueError, match="a text-aware TiTok, and no other"):
+            TiTokTask(model, TiTokTaskConfig(text=text))
 
 
-@pytest.mark.parametrize("name", ["titok-tiny", "titok-tiny-stage1"])
+def test_a_text_aware_model_trains_with_its_captions_and_needs_some(images):
+    task = TiTokTask(build(text_width=4, text_tokens=3), TiTokTaskConfig(text="hash")).train()
+    batch, noise = SimpleNamespace(images=images, captions=["a cat", ""]), image_generators(0, 2)
+    loss, _ = task(batch, noise, 0)
+    loss.backward()
+    assert task.model.decoder.from_text.weight.grad.abs().sum() > 0 and task.model.encoder.head.weight.grad.abs().sum() > 0
+    assert not torch.equal(loss, task(SimpleNamespace(images=images, captions=["a dog", ""]), noise, 0)[0])
+    with pytest.raises(ValueError, match="reads captions, and this data set has none"):
+        task.on_start(SimpleNamespace(captions=["", ""], classes=["a"]))
+
+
+@pytest.mark.parametrize("name", ["titok-tiny", "titok-tiny-text", "titok-tiny-stage1"])
 def test_the_tiny_recipes_build_their_tasks(name):
     from vistok.training.recipes import Sources
 

@@ -1,6 +1,7 @@
 """TokenFlow's behaviour at tiny sizes; parity with the reference is in tests/parity."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,9 +230,10 @@ def test_a_size_nobody_published_asks_for_what_the_file_does_not_say(model, tmp_
 
 
 def test_the_counters_of_revived_codes_stay_out_of_the_official_format(model, images, tmp_path):
-    revived = TokenFlow(replace(model.settings, revive_after=3)).eval()
+    training = dict(codebook_update="ema", kmeans_iterations=2, revive_after=3)
+    revived = TokenFlow(replace(model.settings, **training)).eval()
     to_official(revived, tmp_path)
-    again = from_official(tmp_path, **official_options(revived), revive_after=3)
+    again = from_official(tmp_path, **official_options(revived), **training)
     assert torch.equal(again.encode(images).ids, revived.encode(images).ids)
 
 
@@ -312,6 +314,42 @@ def test_a_transformers_tower_teaches_and_starts_the_encoder(tmp_path):
     assert loss.isfinite() and not any(parameter.requires_grad for parameter in task.teacher.parameters())
     same = TokenTeacher(str(tmp_path), layer=-2)(batch_of(2).images)
     torch.testing.assert_close(task.model.semantic_tokens(batch_of(2).images), same, atol=1e-4, rtol=1e-4)
+
+
+def test_the_semantic_half_learns_alone_before_codes_are_placed():
+    model = vistok.create("tokenflow-tiny", codebook_update="ema", kmeans_iterations=2, revive_after=3)
+    task = TokenFlowTask(model, TokenFlowTaskConfig(semantic_steps=2, semantic_weight=0.5)).train()
+    loss, logs = task(batch_of(4), None, 1)
+    loss.backward()
+    trained = {name.split(".")[1] for name, p in task.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained == {"semantic_encoder", "to_semantic_code", "semantic_decoder", "from_semantic", "head"} and set(logs) == {"semantic"}
+    assert not model.quantizer.quantizer.started
+    assert {"mse", "semantic", "commitment", "codes"} == set(task(batch_of(4), None, 2)[1])
+    assert model.quantizer.quantizer.started
+    with pytest.raises(ValueError, match="learns no meaning"):
+        TokenFlowTaskConfig(semantic="none", semantic_steps=2)
+
+
+def test_words_of_captions_and_class_names_both_count_and_one_of_them_must_be_there():
+    task = TokenFlowTask(vistok.create("tokenflow-tiny"))
+    task.dataset = SimpleNamespace(classes=["red", "blue"], captions=[""])
+    batch = SimpleNamespace(captions=["an apple", ""], labels=torch.tensor([1, -1]))
+    assert [text.split() for text in task._texts(batch)] == [["an", "apple", "blue"], []]
+    task.on_start(task.dataset)
+    with pytest.raises(ValueError, match="neither captions"):
+        task.on_start(SimpleNamespace(classes=[], captions=["", ""]))
+
+
+def test_the_recipe_fits_images_of_other_sizes():
+    model = get_recipe("tokenflow-emoji", "tokenizer").build(Sources(image_size=96)).model
+    assert model.settings.scales == (1, 2, 4, 8, 12) and model.settings.pixel_size == 96
+    with pytest.raises(ValueError, match="multiple of the recipe's patches of 8"):
+        get_recipe("tokenflow-emoji", "tokenizer").build(Sources(image_size=60))
+
+
+def test_folded_pixels_have_no_official_form(tmp_path):
+    with pytest.raises(ValueError, match="pixel_patch=4"):
+        to_official(vistok.create("tokenflow-small"), tmp_path)
 
 
 def test_only_the_decoder_trains_in_the_last_stage():

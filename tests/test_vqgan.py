@@ -10,7 +10,8 @@ from vistok.generators import GPT
 from vistok.tokenizers import VQGAN, VQGANConfig
 from vistok.tokens import TokenLayout, VisualTokens
 from vistok.training.recipes import Sources, get_recipe
-from vistok.training.tasks.perceptual import PerceptualTask, PerceptualTaskConfig
+from vistok.training.tasks.image_losses import ImageLossConfig
+from vistok.training.tasks.perceptual import PerceptualTask
 
 TINY_GPT = dict(condition_attention="uniform", layout_shape=(4, 4), num_classes=3)
 
@@ -79,7 +80,7 @@ def test_what_it_cannot_decode_or_encode_is_refused_with_the_reason(vqgan):
 
 def test_every_parameter_trains_with_entropy_revival_and_a_discriminator():
     model = make(image_size=(32, 32), entropy_weight=0.1, revive_after=2)
-    task = PerceptualTask(model, PerceptualTaskConfig(gan_weight=0.5, gan_start=1)).train()
+    task = PerceptualTask(model, ImageLossConfig(gan_weight=0.5, gan_start=1)).train()
     first, logs = task(Batch(2), None, 0)
     assert set(logs) == {"mse", "commitment", "codebook", "entropy", "gan", "judge", "codes"} and logs["codes"].sum() == 32
     later, _ = task(Batch(2), None, 1)

@@ -13,13 +13,13 @@ from vistok.commands.common import BadImages, Folder, Model, optional
 
 TokenizerRecipe = Literal[
     "fsq2d-tiny", "fsq2d-emoji", "vae-tiny", "vae-emoji", "vae-imagenet256", "flextok-tiny", "flextok-emoji", "flextok-imagenet256",
-    "titok-tiny", "titok-tiny-stage1", "titok-tiny-stage2", "titok-emoji", "titok-imagenet256",
+    "titok-tiny", "titok-tiny-text", "titok-tiny-stage1", "titok-tiny-stage2", "titok-emoji", "titok-imagenet256", "titok-text256",
     "titok-imagenet256-stage1", "titok-imagenet256-stage2",
-    "vqgan-tiny", "vqgan-imagenet256",
+    "vqgan-tiny", "vqgan-emoji", "vqgan-imagenet256",
     "lavit-tiny", "lavit-emoji",
     "seed-tiny", "seed-emoji",
     "tokenflow-tiny", "tokenflow-emoji", "tokenflow-imagenet256",
-    "var-vqvae-tiny", "var-vqvae-imagenet256",
+    "var-vqvae-tiny", "var-vqvae-emoji", "var-vqvae-imagenet256",
 ]
 GeneratorRecipe = Literal[
     "gpt-tiny", "gpt-emoji", "gpt-emoji-16", "gpt-mixed-tiny", "gpt-mixed-emoji", "gpt-exposure-tiny", "gpt-exposure-emoji",
@@ -190,5 +190,19 @@ def report_run(folder: Path, next_command: str) -> int:
         print(f"stopped at step {reached} of {wanted}; the same command with --resume continues", file=sys.stderr)
         return 130
     print(folder / "model")
+    for line in codebook_report(folder):
+        print(line, file=sys.stderr)
     print(f"next: {next_command}", file=sys.stderr)
     return 0
+
+
+def codebook_report(folder: Path) -> list[str]:
+    """How much of its codebook a run used in the last lines of its metrics; nothing for a run without one."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = next((line for line in reversed(lines) if any(name.endswith("usage") for name in line)), {})
+    names = [name.removesuffix("usage") for name in last if name.endswith("usage")]
+    return [
+        f"{name.replace('_', ' ')}codebook up to step {last['step']}: {last[f'{name}usage']:.0%} of the codes used, "
+        f"perplexity {last[f'{name}perplexity']:.0f}"
+        for name in names
+    ]

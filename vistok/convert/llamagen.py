@@ -25,12 +25,13 @@ from torch import Tensor
 from vistok.convert.pickles import find_state, plain_names, read_state
 from vistok.generators.gpt import GPT, GPTConfig
 from vistok.modeling import VisualModel
+from vistok.quantizers.vq import TRAINING_STATE
 from vistok.tokenizers.vqgan import VQGAN, VQGANConfig
 
 FILE_NAME = "model.pt"
 ENTRIES = ("ema", "model", "module", "state_dict")  # where published files hold the weights; averaged ones are the better ones
 USAGE_WINDOW = ("quantize.codebook_used", 65536)
-_TRAINING_STATE = ("quantizer.idle", "quantizer.steps")  # of code revival; no part of what the model computes
+_TRAINING_STATE = frozenset(f"quantizer.{name}" for name in TRAINING_STATE)
 # (width, depth) -> heads of the published sizes: B, L, XL, XXL, XXXL, 1B, 3B, 7B
 _HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24, (2560, 48): 40, (2048, 22): 32, (3200, 24): 32, (4096, 32): 32}
 
@@ -210,6 +211,8 @@ def to_official(model: VQGAN | GPT, folder: str | os.PathLike) -> None:
     """
     state = {key: value.detach().cpu().clone() for key, value in official_state(model).items()}
     if isinstance(model, VQGAN):
+        if model.settings.pixel_patch != 1:
+            raise ValueError(f"pixel_patch={model.settings.pixel_patch} is ours alone: LlamaGen's tokenizer folds no pixels")
         state[USAGE_WINDOW[0]] = torch.zeros(USAGE_WINDOW[1])
     else:
         _check_exportable(model.settings)

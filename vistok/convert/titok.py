@@ -26,6 +26,7 @@ from torch import Tensor
 from vistok.convert.pickles import find_state, read_state
 from vistok.convert.safe_reader import read_json_object
 from vistok.convert.strict import check_shapes
+from vistok.quantizers.vq import TRAINING_STATE
 from vistok.tokenizers.maskgit_vqgan import PixelDecoderConfig
 from vistok.tokenizers.titok import SIZES, TiTok, TiTokConfig
 
@@ -80,6 +81,8 @@ def official_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of ours (weights or gradients) under their official names and shapes."""
     state = {}
     for key, value in tensors.items():
+        if key.removeprefix("quantizer.") in TRAINING_STATE:
+            continue
         name = official_name(key)
         if name.endswith("class_embedding"):
             value = value[None]

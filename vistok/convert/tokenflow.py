@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vistok.convert.llamagen import vq_name
 from vistok.convert.pickles import find_state, plain_names, read_state
 from vistok.convert.strict import check_shapes
+from vistok.quantizers.vq import TRAINING_STATE
 from vistok.tokenizers.tokenflow import CLIP_MEAN, CLIP_STD, TokenFlow, TokenFlowConfig
 from vistok.tokenizers.tokenflow_nets import SemanticEncoderConfig
 
@@ -50,7 +51,7 @@ _NAMES = {
         (r"to_semantic_code\.(.+)", (r"encode_task_layer.\1",), "same"),
         (r"from_semantic\.(.+)", (r"decode_task_layer.\1",), "same"),
         (r"quantizer\.quantizer\.codebook", ("quantize.embedding_vqkd.weight", "quantize.embedding_vqgan.weight"), "channels"),
-        (r"quantizer\.quantizer\.(idle|steps)", (), "ours alone"),  # counters of codes that wait to be revived
+        (rf"quantizer\.quantizer\.({'|'.join(TRAINING_STATE)})", (), "ours alone"),
         (r"semantic_decoder\.cls", ("decoder_vqkd.cls_token",), "same"),
         (r"semantic_decoder\.positions", ("decoder_vqkd.pos_embed",), "same"),
         (r"semantic_decoder\.patches\.(.+)", (r"decoder_vqkd.patch_embed.proj.\1",), "same"),
@@ -297,7 +298,12 @@ def official_state(model: TokenFlow, tensors: dict[str, Tensor] | None = None) -
 
 
 def to_official(model: TokenFlow, folder: str | os.PathLike) -> None:
-    """Write `tokenflow.pt` as the official scripts read it: {"model": weights}."""
+    """Write `tokenflow.pt` as the official scripts read it: {"model": weights}.
+
+    Raises ValueError: the model folds pixels (pixel_patch), which theirs cannot.
+    """
+    if model.settings.pixel_patch != 1:
+        raise ValueError(f"pixel_patch={model.settings.pixel_patch} is ours alone: the official TokenFlow folds no pixels")
     state = {key: value.detach().cpu().clone() for key, value in official_state(model).items()}
     state[USAGE_WINDOW[0]] = torch.zeros(USAGE_WINDOW[1])
     settings = model.settings

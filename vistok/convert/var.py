@@ -26,6 +26,7 @@ from torch import Tensor
 from vistok.convert.pickles import PICKLED, plain_names, read_state
 from vistok.convert.strict import check_shapes
 from vistok.generators.var import VAR, VARConfig
+from vistok.quantizers.vq import TRAINING_STATE
 from vistok.tokenizers.var_vqvae import SCALES_256, VARVQVAE, ScaleCodesConfig, VARVQVAEConfig
 
 TOKENIZER_NAME, GENERATOR_NAME = "vae.pth", "var.pth"
@@ -48,7 +49,7 @@ _VAE_NAMES = [
     (r"encoder\.levels\.(\d+)\.downsamplers\.0\.(.+)", r"encoder.LEVEL.\1.downsample.\2"),
     (r"decoder\.levels\.(\d+)\.upsamplers\.0\.(.+)", r"decoder.LEVEL.\1.upsample.\2"),
 ]
-_TRAINING = re.compile(r"quantizer\.quantizer\.(idle|steps)")  # counts of a codebook in training; no official form
+_TRAINING = frozenset(f"quantizer.quantizer.{name}" for name in TRAINING_STATE)
 _PARTS = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out.0": "proj_out", "conv_shortcut": "nin_shortcut"}
 _PART = re.compile("|".join(rf"(?<=\.){re.escape(part)}(?=\.)" for part in _PARTS))
 
@@ -109,7 +110,7 @@ def official_state(model: VARVQVAE | VAR) -> dict[str, Tensor]:
     if isinstance(model, VARVQVAE):
         joined: dict[str, list[Tensor]] = {}
         for key, value in model.state_dict().items():
-            if _TRAINING.fullmatch(key):
+            if key in _TRAINING:
                 continue
             is_linear = ".attentions." in key and value.ndim == 2
             joined.setdefault(_vae_name(key, model.settings), []).append(value[:, :, None, None] if is_linear else value)
@@ -148,7 +149,7 @@ def _given(model: VARVQVAE | VAR, key: str, state: dict[str, Tensor]) -> Tensor 
     """The official tensor, or the part of one, that a weight of ours is; None where the format has none."""
     if isinstance(model, VAR):
         return None if key.startswith("quantizer.") else state[_var_name(key)]
-    if _TRAINING.fullmatch(key):
+    if key in _TRAINING:
         return None
     value, part = state[_vae_name(key, model.settings)], re.search(r"\.to_([qkv])\.", key)
     return value.chunk(3)["qkv".index(part[1])] if part else value
@@ -267,7 +268,12 @@ def _read_generator(file: Path, state: dict[str, Tensor], tokenizer: VARVQVAE, o
 
 
 def to_official(model: VARVQVAE | VAR, folder: str | os.PathLike) -> None:
-    """Write a flat state dict as VAR's own scripts read it: `vae.pth` of a tokenizer, `var.pth` of a transformer, without its codes."""
+    """Write a flat state dict as VAR's own scripts read it: `vae.pth` of a tokenizer, `var.pth` of a transformer, without its codes.
+
+    Raises ValueError: the tokenizer folds pixels (pixel_patch), which theirs cannot.
+    """
+    if isinstance(model, VARVQVAE) and model.settings.pixel_patch != 1:
+        raise ValueError(f"pixel_patch={model.settings.pixel_patch} is ours alone: VAR's tokenizer folds no pixels")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().clone() for key, value in official_state(model).items()}

@@ -74,10 +74,26 @@ class MultiScaleResidual(nn.Module):
         numbers = range(len(self.scales) if num_scales is None else num_scales)
         if not (self.training and isinstance(self.quantizer, VQ)):
             return self._run(h, self.quantizer, numbers, dropped)
-        self.quantizer.start(_rows([F.interpolate(h.detach().float(), size=self.scales[number], mode="area") for number in numbers]))
+        self.start(h, num_scales=num_scales)
         out = self._run(h, self.quantizer.quantize, numbers, dropped)
         self.quantizer.observe(_rows(out.inputs), out.ids)
         return out
+
+    @torch.no_grad()
+    def start(self, h: Tensor, *, num_scales: int | None = None) -> None:
+        """Place the codes of a VQ that starts by k-means over features h [B, d, h, w], reduced to each scale's grid."""
+        self.quantizer.start(_rows([F.interpolate(h.float(), size=scale, mode="area") for scale in self.scales[:num_scales]]))
+
+    def unquantized(self, h: Tensor) -> Tensor:
+        """f [B, d, h, w] as if there were a code for every vector: what a first stage of training decodes, before codes are placed.
+
+        h: [B, d, h, w]. The quantizer has `place(z)` -> the vector where codes live (as VQ does).
+        """
+
+        def as_it_is(z: Tensor) -> QuantizerOutput:
+            return QuantizerOutput(codes=self.quantizer.place(z), ids=z.new_zeros(z.shape[:-1], dtype=torch.int64), loss=z.new_zeros(()))
+
+        return self._run(h, as_it_is, range(len(self.scales)), None).total
 
     @torch.no_grad()
     def encode(self, h: Tensor, *, num_scales: int | None = None) -> MultiScaleOutput:

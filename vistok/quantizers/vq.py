@@ -38,6 +38,8 @@ from vistok.quantizers.lookup import nearest_codes
 from vistok.quantizers.sync import draw_vectors, sum_over_processes
 
 UPDATES = ("gradient", "ema", "linear", "frozen")
+TRAINING_STATE = frozenset({"ema_counts", "ema_sums", "started", "idle", "steps"})
+"""Buffers of a VQ that only its training reads; official formats have no place for them."""
 
 
 @dataclass(frozen=True, kw_only=True)

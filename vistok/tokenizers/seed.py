@@ -51,6 +51,8 @@ class SEEDVisionConfig:
     hidden: int = 6144
     """Width of the feed-forward layers."""
     norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    """Whether queries, keys and values have biases; EVA-CLIP's do, but those of the keys."""
 
     def __post_init__(self):
         if not 1 <= self.depth <= MAX_DEPTH:
@@ -188,6 +190,7 @@ class SEED(VisualModel):
             num_heads=vision.num_heads,
             hidden=vision.hidden,
             norm_eps=vision.norm_eps,
+            qkv_bias=vision.qkv_bias,
         )
         self.vision_norm = nn.LayerNorm(vision.width, eps=VISION_NORM_EPS)
         self.qformer = QFormer(
@@ -362,17 +365,17 @@ def seed_2(**overrides) -> SEED:
 
 @register
 def seed_64(**overrides) -> SEED:
-    """A SEED for 64 px images with a pixel decoder of its own: 32 tokens of 1,024 codes."""
+    """A SEED for 64 px images with a pixel decoder of its own: 32 tokens of 1,024 codes; 2.5 M parameters."""
     base = SEEDConfig(
         image_size=(64, 64),
-        vision=SEEDVisionConfig(patch_size=8, width=128, depth=4, num_heads=4, hidden=384),
-        qformer=QFormerConfig(width=128, depth=4, num_heads=4, hidden=384),
+        vision=SEEDVisionConfig(patch_size=8, width=112, depth=3, num_heads=4, hidden=320),
+        qformer=QFormerConfig(width=112, depth=4, num_heads=4, hidden=320),
         quantizer=replace(CODES, codebook_size=1024, code_dim=16),
-        block_depth=2,
+        block_depth=1,
         block_heads=4,
-        head_widths=(64, 32),
-        embedding_dim=512,
-        pixels=EmbeddingDecoderConfig(channels=(128, 96, 48), blocks=1),
+        head_widths=(64, 24),
+        embedding_dim=256,
+        pixels=EmbeddingDecoderConfig(channels=(96, 80, 48), blocks=1),
     )
     return SEED(replace(base, **overrides))
 

@@ -63,6 +63,12 @@ class TiTokConfig:
     """Weight of the pull of the registers to their codes."""
     entropy_weight: float = 0.0
     """Weight of the entropy term of a codebook (arXiv 2310.05737): without it small models give every image the same tokens."""
+    codebook_update: Literal["gradient", "ema"] = "gradient"
+    """Who moves the codes of "vq" in training: the optimizer (as published), or a moving average of the registers that chose them."""
+    kmeans_iterations: int = 0
+    """Rounds of k-means over the first training batch that place the codes; 0 (as published): they start random."""
+    revive_after: int = 0
+    """A code of "vq" that no register chose in this many training steps takes a register of the batch; 0: never."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence of "vae", summed over an image's tokens."""
     target: Literal["pixels", "proxy"] = "pixels"
@@ -195,6 +201,9 @@ class TiTok(VisualModel):
                 metric="cosine" if config.cosine else "euclidean",
                 commitment_weight=config.commitment_weight,
                 entropy_weight=config.entropy_weight,
+                update=config.codebook_update,
+                kmeans_iterations=config.kmeans_iterations,
+                revive_after=config.revive_after,
             )
             self.quantizer = VQ(codebook) if config.quantizer == "vq" else ClusteredVQ(codebook)
         self.pixel_decoder = None

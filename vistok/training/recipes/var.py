@@ -3,14 +3,27 @@
 from pathlib import Path
 
 from vistok.training.config import TrainConfig
-from vistok.training.recipes import Recipe, Sources, _tiny, recipe
+from vistok.training.recipes import Recipe, Sources, _codebook_size, _tiny, recipe
 from vistok.training.task import TrainingTask
+
+CODEBOOK = dict(codebook_update="ema", kmeans_iterations=10, revive_after=20)
 
 
 @recipe
 def var_vqvae_tiny() -> Recipe:
     """A small multi-scale tokenizer, 30 tokens over 4 scales for 32 px images; about a minute on two CPU cores."""
-    return Recipe("tokenizer", _tiny(image_size=32, max_steps=60), _var_vqvae("var-vqvae-tiny", dict(revive_after=5)))
+    return Recipe("tokenizer", _tiny(image_size=32, max_steps=60), _var_vqvae("var-vqvae-tiny", CODEBOOK))
+
+
+@recipe
+def var_vqvae_emoji() -> Recipe:
+    """94 tokens of up to 1,024 codes over 5 scales for 64 px images, 1.7 M parameters, by L2 alone; 12 minutes on one CPU core."""
+    config = TrainConfig(
+        out=Path(), data="emoji", image_size=64, max_steps=2400, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
+        warmup_steps=50, schedule="trapezoid", decay_fraction=0.4, final_fraction=0.02, ema_decay=0.99, shift=4, save_every=400,
+        preview_every=800, log_every=20,
+    )  # fmt: skip
+    return Recipe("tokenizer", config, _var_vqvae("var-vqvae-64", CODEBOOK))
 
 
 @recipe
@@ -48,16 +61,20 @@ def _var_vqvae(preset: str, shape: dict, **weights):
 
         import vistok
         from vistok.tokenizers.var_vqvae import scales_up_to
-        from vistok.training.tasks.perceptual import PerceptualTask, PerceptualTaskConfig
+        from vistok.training.tasks.image_losses import ImageLossConfig
+        from vistok.training.tasks.perceptual import PerceptualTask
 
         fields = dict(shape)
+        with torch.device("meta"):
+            base = vistok.create(preset)
         if sources.image_size is not None:
-            with torch.device("meta"):
-                pixels = vistok.create(preset).settings.reduction
+            pixels = base.settings.reduction
             if sources.image_size % pixels:
                 raise ValueError(f"image_size={sources.image_size} must be a multiple of {pixels}, the pixels a cell of {preset}")
             fields["scales"] = scales_up_to(sources.image_size // pixels)
-        return PerceptualTask(vistok.create(preset, **fields), PerceptualTaskConfig(**weights))
+        num_tokens = sum(side**2 for side in fields.get("scales", base.settings.codes.scales))
+        fields["codebook_size"] = _codebook_size(base.codebook_size, num_tokens, sources.num_images)
+        return PerceptualTask(vistok.create(preset, **fields), ImageLossConfig(**weights))
 
     return build
 

@@ -3,15 +3,28 @@
 from pathlib import Path
 
 from vistok.training.config import TrainConfig
-from vistok.training.recipes import Recipe, Sources, _gpt, _square, _tiny, recipe
+from vistok.training.recipes import Recipe, Sources, _codebook_size, _gpt, _square, _tiny, recipe
 from vistok.training.task import TrainingTask
+
+CODEBOOK = dict(codebook_update="ema", kmeans_iterations=10, revive_after=20)
 
 
 @recipe
 def vqgan_tiny() -> Recipe:
     """A small VQGAN for 32 px images, without LPIPS and discriminator; about 20 seconds on two CPU cores."""
-    shape = dict(image_size=(32, 32), entropy_weight=0.1, revive_after=5)
+    shape = dict(CODEBOOK, image_size=(32, 32))
     return Recipe("tokenizer", _tiny(image_size=32, max_steps=120), _vqgan("vqgan-tiny", shape))
+
+
+@recipe
+def vqgan_emoji() -> Recipe:
+    """64 tokens of up to 1,024 codes for 64 px images, 1.7 M parameters, by L2 alone; 11 minutes on one CPU core."""
+    config = TrainConfig(
+        out=Path(), data="emoji", image_size=64, max_steps=2400, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
+        warmup_steps=50, schedule="trapezoid", decay_fraction=0.4, final_fraction=0.02, ema_decay=0.99, shift=4, save_every=400,
+        preview_every=800, log_every=20,
+    )  # fmt: skip
+    return Recipe("tokenizer", config, _vqgan("vqgan-64", CODEBOOK))
 
 
 @recipe
@@ -39,9 +52,16 @@ def gpt_imagenet256() -> Recipe:
 
 def _vqgan(preset: str, shape: dict, **weights):
     def build(sources: Sources) -> TrainingTask:
-        import vistok
-        from vistok.training.tasks.perceptual import PerceptualTask, PerceptualTaskConfig
+        import torch
 
-        return PerceptualTask(vistok.create(preset, **{**shape, **_square(sources.image_size)}), PerceptualTaskConfig(**weights))
+        import vistok
+        from vistok.training.tasks.image_losses import ImageLossConfig
+        from vistok.training.tasks.perceptual import PerceptualTask
+
+        fields = {**shape, **_square(sources.image_size)}
+        with torch.device("meta"):
+            planned = vistok.create(preset, **fields)
+        fields["codebook_size"] = _codebook_size(planned.codebook_size, planned.max_tokens, sources.num_images)
+        return PerceptualTask(vistok.create(preset, **fields), ImageLossConfig(**weights))
 
     return build

@@ -10,9 +10,13 @@ NUM_IMAGES = 8
 
 def preview_images(dataset, device: torch.device | str, *, count: int = NUM_IMAGES) -> Tensor:
     """[B, 3, H, W] in [-1, 1]: images spread evenly over the data set, always the same ones."""
+    return from_uint8(torch.stack([dataset.read(row) for row in preview_rows(dataset, count=count)])).to(device)
+
+
+def preview_rows(dataset, *, count: int = NUM_IMAGES) -> list[int]:
+    """The numbers of these images."""
     count = min(count, len(dataset))
-    rows = [i * len(dataset) // count for i in range(count)]
-    return from_uint8(torch.stack([dataset.read(row) for row in rows])).to(device)
+    return [i * len(dataset) // count for i in range(count)]
 
 
 def prefix_counts(max_tokens: int) -> list[int]:

@@ -6,7 +6,8 @@ Yu et al. 2024, arXiv 2406.07550, section 3.2 and appendix A (two stages); Kim e
     proxy     -log p(ids of a frozen 2D tokenizer | codes) + quantizer                                  stage 1: no pixels
     pixels    as single, without the quantizer's losses: encoder and codebook are frozen                stage 2: decoder, pixel decoder
 
-quantizer: commitment and codebook losses, or a VAE's weighted KL.
+quantizer: commitment and codebook losses, or a VAE's weighted KL. A text-aware model (TA-TiTok, the second paper) trains in a single
+stage; its decoder reads each image's caption through a frozen text model, so that tokens need not say what words have said.
 """
 
 from dataclasses import dataclass
@@ -23,23 +24,19 @@ from vistok.tokenizers.titok import TiTok
 from vistok.tokens import TokenLayout, VisualTokens
 from vistok.training.config import plain
 from vistok.training.task import TrainingTask
-from vistok.training.tasks.adversarial import PatchDiscriminator, adversarial_losses
-from vistok.training.tasks.previews import histogram, preview_images
-from vistok.training.tasks.vae import load_lpips
+from vistok.training.tasks.caption_features import CaptionFeatures
+from vistok.training.tasks.image_losses import ImageLossConfig, ImageLosses
+from vistok.training.tasks.previews import histogram, preview_images, preview_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiTokTaskConfig:
+class TiTokTaskConfig(ImageLossConfig):
     """What is learned, and the weights of the losses."""
 
     stage: Literal["single", "proxy", "pixels"] = "single"
     """See the file's head."""
-    lpips_weight: float = 0.0
-    """Of LPIPS (needs the extra `train` and torchvision's VGG weights)."""
-    gan_weight: float = 0.0
-    """Of the PatchGAN's generator loss; 0 leaves the discriminator out."""
-    gan_start: int = 0
-    """Step from which the GAN counts; its discriminator trains from the start."""
+    text: str | None = None
+    """Of a text-aware model: who reads the captions (caption_features.py), "hash" or a transformers text model."""
 
 
 class TiTokTask(TrainingTask):
@@ -53,8 +50,14 @@ class TiTokTask(TrainingTask):
         self.model, self.config = model, config
         self.teacher = None
         settings = model.settings
-        if settings.text_width:
-            raise ValueError("a text-aware TiTok reads features of captions, which this task does not make")
+        if bool(settings.text_width) != (config.text is not None) or (config.text is not None and config.stage != "single"):
+            raise ValueError(
+                f"text={config.text!r}, stage {config.stage!r} and a model with text_width={settings.text_width}: a text-aware TiTok, and "
+                "no other, trains in a single stage with a reader of captions"
+            )
+        self.captions = None
+        if config.text is not None:
+            self.captions = CaptionFeatures(config.text, num_tokens=settings.text_tokens, width=settings.text_width)
         if config.stage == "proxy":
             _check_teacher(model, teacher)
             self.teacher = teacher.requires_grad_(False).eval()
@@ -67,43 +70,45 @@ class TiTokTask(TrainingTask):
             model.encoder.requires_grad_(False)
             if model.quantizer is not None:
                 model.quantizer.requires_grad_(False)
-        if config.gan_weight:
-            self.discriminator = PatchDiscriminator()
-        if config.lpips_weight:
-            self.lpips = load_lpips()
+        self.image_losses = ImageLosses(config)
 
     def forward(self, batch, generators, step) -> tuple[Tensor, dict[str, Tensor]]:
         """The stage's loss; logs each term, and the ids' histogram where there are ids. Only a VAE draws from the generators."""
-        loss, logs, tokens = (self._proxy if self.teacher is not None else self._pixels)(batch.images, generators, step)
+        loss, logs, tokens = (self._proxy if self.teacher is not None else self._pixels)(batch, generators, step)
         if tokens.ids is not None:
             logs["codes"] = histogram(tokens.ids, self.model.codebook_size)
         return loss, logs
 
-    def _proxy(self, images: Tensor, generators, step) -> tuple[Tensor, dict[str, Tensor], VisualTokens]:
-        targets = self.teacher.encode(images).ids
-        codes, out = self.model.tokenize(images, generators=generators)
+    def on_start(self, dataset) -> None:
+        """Raises ValueError: a text-aware model has no captions to read."""
+        if self.captions is None:
+            return
+        if not any(dataset.captions):
+            raise ValueError(
+                "a text-aware TiTok reads captions, and this data set has none (captions.jsonl, metadata.jsonl or .txt files beside the "
+                "images); the recipes without text need none"
+            )
+        self.captions.to(self.model.device)
+
+    def _proxy(self, batch, generators, step) -> tuple[Tensor, dict[str, Tensor], VisualTokens]:
+        targets = self.teacher.encode(batch.images).ids
+        codes, out = self.model.tokenize(batch.images, generators=generators)
         logits = self.model.proxy_logits(codes).float().flatten(2)  # [B, K', g]
         terms = {"cross_entropy": F.cross_entropy(logits, targets), **out.losses}
         logs = {name: term.detach() for name, term in terms.items()}
         logs["accuracy"] = (logits.argmax(1) == targets).float().mean()
         return sum(terms.values()), logs, out.tokens
 
-    def _pixels(self, images: Tensor, generators, step) -> tuple[Tensor, dict[str, Tensor], VisualTokens]:
-        config = self.config
-        is_frozen = config.stage == "pixels"
+    def _pixels(self, batch, generators, step) -> tuple[Tensor, dict[str, Tensor], VisualTokens]:
+        images = batch.images
+        is_frozen = self.config.stage == "pixels"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
             codes, out = self.model.tokenize(images, generators=generators)
-        decoded = self.model.decode_codes(codes).float()
-        terms, weights = {"mse": ((decoded - images) / 2).square().mean()}, {}
-        if not is_frozen:
-            terms |= out.losses
-        if config.lpips_weight:
-            terms["lpips"], weights["lpips"] = self.lpips(decoded, images).mean(), config.lpips_weight
-        if config.gan_weight:
-            terms["gan"], terms["judge"] = adversarial_losses(self.discriminator, images, decoded)
-            weights["gan"] = config.gan_weight * (step >= config.gan_start)
-        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
-        return loss, {name: term.detach() for name, term in terms.items()}, out.tokens
+        text = None if self.captions is None else self.captions(batch.captions).to(images.device)
+        decoded = self.model.decode_codes(codes, text=text).float()
+        terms = {"mse": ((decoded - images) / 2).square().mean(), **({} if is_frozen else out.losses)}
+        loss, logs = self.image_losses(terms, images=images, decoded=decoded, step=step)
+        return loss, logs, out.tokens
 
     @torch.no_grad()
     def preview(self, step: int) -> dict[str, Image.Image]:
@@ -111,7 +116,10 @@ class TiTokTask(TrainingTask):
         images = preview_images(self.dataset, self.model.device)
         tokens = self.model.encode(images)
         if self.teacher is None:
-            rows, titles = [images, self.model.decode(tokens)], ["original", "decoded"]
+            text = None
+            if self.captions is not None:
+                text = self.captions([self.dataset.captions[row] for row in preview_rows(self.dataset)]).to(images.device)
+            rows, titles = [images, self.model.decode(tokens, text=text)], ["original", "decoded"]
         else:
             codes = tokens.values if tokens.ids is None else self.model.embed(tokens.ids)
             guesses = self.model.proxy_logits(codes).argmax(1).flatten(1)

@@ -5,14 +5,19 @@ Qu et al. 2024, arXiv 2412.03069, section 3.2 and appendix A.
     loss = pixel_weight |x' - x|^2 + codebook + commitment [+ entropy] + semantic_weight semantic
          [+ lpips_weight LPIPS] [+ gan_weight GAN from step gan_start]
 
-semantic: the distance to a frozen teacher's tokens, or, without one, how badly the decoded meaning tells the captions or classes of the
-data set. Now and then one scale but the first is left out, so that later ones do not lean on every earlier one.
+semantic: the distance to a frozen teacher's tokens, or, without one, how badly the decoded meaning tells the words of the captions and
+class names. Now and then one scale but the first is left out, so that later ones do not lean on every earlier one.
+
+The published models start from a trained teacher. A semantic encoder that starts from nothing has to learn some meaning first
+(semantic_steps: the semantic half alone, as if there were a code for every vector): placed before that, codes know pixels only, their
+semantic halves are all alike, and nothing is ever learned through them.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -21,14 +26,13 @@ from vistok.image import make_strip
 from vistok.rng import image_generators, rand
 from vistok.tokenizers.tokenflow import TokenFlow
 from vistok.training.task import TrainingTask
-from vistok.training.tasks.adversarial import PatchDiscriminator, adversarial_losses
+from vistok.training.tasks.image_losses import ImageLossConfig, ImageLosses
 from vistok.training.tasks.previews import histogram, preview_images
 from vistok.training.tasks.tokenflow_teacher import TokenTeacher, WordHead, match_teacher
-from vistok.training.tasks.vae import load_lpips
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFlowTaskConfig:
+class TokenFlowTaskConfig(ImageLossConfig):
     """Who the teacher is, and the weights of the losses."""
 
     semantic: Literal["teacher", "captions", "classes", "none"] = "captions"
@@ -41,14 +45,10 @@ class TokenFlowTaskConfig:
     """Start the semantic encoder from the teacher's weights; it must be of the same kind and shape."""
     buckets: int = 512
     """semantic="captions": rows that words are hashed into; "classes": at least the number of classes."""
+    semantic_steps: int = 0
+    """Steps in which the semantic half learns alone, unquantized; for one that starts from nothing."""
     semantic_weight: float = 1.0
     pixel_weight: float = 1.0
-    lpips_weight: float = 0.0
-    """Of LPIPS (needs the extra `train` and torchvision's VGG weights)."""
-    gan_weight: float = 0.0
-    """Of the PatchGAN's generator loss; 0 leaves the discriminator out."""
-    gan_start: int = 0
-    """Step from which the GAN counts; its discriminator trains from the start."""
     scale_dropout: float = 0.1
     """Share of steps that leave out one scale, never the first."""
     freeze_all_but_decoder: bool = False
@@ -59,6 +59,8 @@ class TokenFlowTaskConfig:
             raise ValueError(f"semantic={self.semantic!r} with teacher={self.teacher!r}: a teacher is named exactly for semantic='teacher'")
         if self.start_from_teacher and self.teacher is None:
             raise ValueError("start_from_teacher=True needs a teacher")
+        if self.semantic_steps and (self.semantic == "none" or self.freeze_all_but_decoder):
+            raise ValueError(f"semantic_steps={self.semantic_steps}, but semantic={self.semantic!r} or a frozen encoder learns no meaning")
         if not 0 <= self.scale_dropout <= 1:
             raise ValueError(f"scale_dropout={self.scale_dropout} must be in [0, 1]")
 
@@ -70,7 +72,7 @@ class TokenFlowTask(TrainingTask):
         super().__init__()
         self.model, self.config = model, config
         self.codebook_size = model.codebook_size
-        self.find_unused_parameters = config.semantic == "none" or model.settings.encoder.kind == "timm"
+        self.find_unused_parameters = bool(config.semantic_steps) or config.semantic == "none" or model.settings.encoder.kind == "timm"
         if config.freeze_all_but_decoder:
             model.requires_grad_(False)
             model.pixel_decoder.requires_grad_(True)
@@ -82,38 +84,51 @@ class TokenFlowTask(TrainingTask):
                 raise ValueError(f"{config.teacher} has tokens of width {self.teacher.width}: set teacher_width={self.teacher.width}")
             if config.start_from_teacher:
                 load_tower(model, self.teacher.tower)
-        if config.gan_weight:
-            self.discriminator = PatchDiscriminator()
-        if config.lpips_weight:
-            self.lpips = load_lpips()
+        self.image_losses = ImageLosses(config)
+
+    def on_start(self, dataset) -> None:
+        """Raises ValueError: the data set has nothing that the semantic half could learn from."""
+        needs = {"captions": any(dataset.captions) or bool(dataset.classes), "classes": bool(dataset.classes)}
+        if not self.config.freeze_all_but_decoder and not needs.get(self.config.semantic, True):
+            raise ValueError(
+                f"the meaning of TokenFlow's tokens comes from {self.config.semantic}, and this data set has neither captions "
+                "(captions.jsonl, metadata.jsonl or .txt files beside the images) nor classes (one folder each); "
+                'semantic="none" trains the pixels alone'
+            )
 
     def forward(self, batch, generators, step) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum; logs each term unweighted and the ids' histogram. Which scale is left out depends on the step alone."""
         config, images = self.config, batch.images
+        if int(step) < config.semantic_steps:
+            terms = self._semantic(self.model.unquantized_meaning(images), batch)
+            return config.semantic_weight * terms["semantic"], {"semantic": terms["semantic"].detach()}
         output = self.model(images, dropped=self._dropped(step))
         decoded, terms = output.reconstruction.float(), dict(output.losses)
-        weights = {"mse": config.pixel_weight, "semantic": config.semantic_weight}
         if config.freeze_all_but_decoder:
             terms = {"mse": terms["mse"]}
         else:
             terms |= self._semantic(output.semantic, batch)
-        if config.lpips_weight:
-            terms["lpips"], weights["lpips"] = self.lpips(decoded, images).mean(), config.lpips_weight
-        if config.gan_weight:
-            terms["gan"], terms["judge"] = adversarial_losses(self.discriminator, images, decoded)
-            weights["gan"] = config.gan_weight * (step >= config.gan_start)
-        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
-        return loss, {**{name: term.detach() for name, term in terms.items()}, "codes": histogram(output.tokens.ids, self.codebook_size)}
+        if decoded.shape != images.shape:
+            images = F.interpolate(images, size=decoded.shape[-2:], mode="bicubic")
+        weights = {"mse": config.pixel_weight, "semantic": config.semantic_weight}
+        loss, logs = self.image_losses(terms, images=images, decoded=decoded, step=step, weights=weights)
+        return loss, {**logs, "codes": histogram(output.tokens.ids, self.codebook_size)}
 
     def _semantic(self, semantic: Tensor, batch) -> dict[str, Tensor]:
         """The semantic loss by name, nothing where there is none."""
         if self.config.semantic == "teacher":
             return {"semantic": match_teacher(semantic, self.teacher(batch.images))}
         if self.config.semantic == "captions":
-            return {"semantic": self.words(semantic, self.words.caption_targets(batch.captions))}
+            return {"semantic": self.words(semantic, self.words.caption_targets(self._texts(batch)))}
         if self.config.semantic == "classes":
             return {"semantic": self.words(semantic, self.words.class_targets(batch.labels))}
         return {}
+
+    def _texts(self, batch) -> list[str]:
+        """Each image's caption and the name of its class, as far as there are any."""
+        classes = getattr(self.dataset, "classes", None)
+        names = [classes[label] if classes and label >= 0 else "" for label in batch.labels.tolist()]
+        return [f"{caption} {name}" for caption, name in zip(batch.captions or [""] * len(names), names)]
 
     def _dropped(self, step) -> int | None:
         """The scale this step leaves out; drawn on the CPU from the step alone, so all processes and micro batches agree."""

@@ -16,24 +16,18 @@ from vistok.image import from_uint8, make_strip
 from vistok.rng import randn
 from vistok.tokenizers.vae import KLVAE
 from vistok.training.task import TrainingTask
-from vistok.training.tasks.adversarial import PatchDiscriminator, adversarial_losses
+from vistok.training.tasks.image_losses import ImageLossConfig, ImageLosses
 from vistok.training.tasks.previews import preview_images
 
 SCALING_IMAGES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAETaskConfig:
+class VAETaskConfig(ImageLossConfig):
     """Weights of the losses."""
 
     kl_weight: float = 1e-6
     """Of the KL divergence, summed over a latent grid and averaged over images and pixels."""
-    lpips_weight: float = 0.0
-    """Of LPIPS (needs the extra `train` and torchvision's VGG weights)."""
-    gan_weight: float = 0.0
-    """Of the PatchGAN's generator loss; 0 leaves the discriminator out."""
-    gan_start: int = 0
-    """Step from which the GAN counts; its discriminator trains from the start."""
 
 
 class VAETask(TrainingTask):
@@ -42,10 +36,7 @@ class VAETask(TrainingTask):
     def __init__(self, model: KLVAE, config: VAETaskConfig = VAETaskConfig()):
         super().__init__()
         self.model, self.config = model, config
-        if config.gan_weight:
-            self.discriminator = PatchDiscriminator()
-        if config.lpips_weight:
-            self.lpips = load_lpips()
+        self.image_losses = ImageLosses(config)
 
     def forward(self, batch, generators, step) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum; the posterior is sampled from the generators."""
@@ -57,14 +48,8 @@ class VAETask(TrainingTask):
         terms = {"l1": difference.abs().mean(), "mse": difference.square().mean()}
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float()
         terms["kl"] = divergence.sum() / images[:, 0].numel()
-        weights = {"kl": config.kl_weight}
-        if config.lpips_weight:
-            terms["lpips"], weights["lpips"] = self.lpips(decoded, images).mean(), config.lpips_weight
-        if config.gan_weight:
-            terms["gan"], terms["judge"] = adversarial_losses(self.discriminator, images, decoded)
-            weights["gan"] = config.gan_weight * (step >= config.gan_start)
-        loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
-        return loss, {**{name: term.detach() for name, term in terms.items()}, "latent_std": mean.detach().float().std()}
+        loss, logs = self.image_losses(terms, images=images, decoded=decoded.float(), step=step, weights={"kl": config.kl_weight})
+        return loss, {**logs, "latent_std": mean.detach().float().std()}
 
     @torch.no_grad()
     def preview(self, step: int) -> dict[str, Image.Image]:
@@ -81,12 +66,3 @@ class VAETask(TrainingTask):
         scaled = KLVAE(replace(self.model.settings, scaling_factor=round(1.0 / float(std), 6)))
         scaled.load_state_dict(self.model.state_dict())
         scaled.save_pretrained(folder)
-
-
-def load_lpips() -> torch.nn.Module:
-    """The LPIPS network on VGG, frozen. Raises ImportError naming the extra when the package is missing."""
-    try:
-        import lpips
-    except ImportError as error:
-        raise ImportError("lpips_weight needs the lpips package: pip install vistok[train]") from error
-    return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False).eval()

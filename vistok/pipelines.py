@@ -17,8 +17,10 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,7 +32,9 @@ from torch import Tensor
 
 from vistok import rng
 from vistok.decoding import GenerationStats, SamplingConfig, generate, step_sizes
+from vistok.decoding.drafters.choose import choose_drafter, choose_rule
 from vistok.decoding.flow import check_values, code_table, generate_values, makes_values, partial_tokens
+from vistok.decoding.speculative import check_target, speculate
 from vistok.generators import FlowSampling, TextEncoder
 from vistok.image import to_pil
 from vistok.modeling import MAX_CONFIG_BYTES, VisualModel, read_config
@@ -106,6 +110,10 @@ class TokenImagePipeline(DiffusionPipeline):
         final_steps: int | None = None,
         solver: str | None = None,
         prefix: Tensor | None = None,
+        drafter=None,
+        rule=None,
+        eps: float | None = None,
+        num_draft_tokens: int | Literal["auto"] | None = None,
         seed: int | None = None,
         generators: Sequence[torch.Generator] | None = None,
         batch_size: int = 32,
@@ -123,6 +131,10 @@ class TokenImagePipeline(DiffusionPipeline):
         temperature, top_k, top_p, min_p: of a generator of ids, see `SamplingConfig`.
         num_steps, final_steps, solver: of xAR, see `FlowSampling`; what is not given is as there. prefix: [n, slots, C] values of each
         image's first entities, as xAR's callback got them, from which the same seed goes on.
+        drafter: speculative decoding by a drafter: its name (`decoding.drafters.list_drafters()`), a drafter (`make_drafter`), or a trained
+        head or smaller generator, or where to load one from. rule: which drafts are kept: a rule or its name
+        (`decoding.accept.list_rules()`); by default "standard", which leaves the law of the images as it is, and "lantern_budget" where eps
+        is given. eps: total variation that the law of a token may lose. num_draft_tokens: see `decoding.speculate`.
         seed: of image i's own generator, with i; drawn and returned when there are no generators. generators: one an image, instead.
         batch_size: images in memory at once; the result does not depend on it.
         decode_options: for `tokenizer.decode`, such as a flow decoder's num_steps and guidance_scale.
@@ -143,7 +155,13 @@ class TokenImagePipeline(DiffusionPipeline):
         total = conditions * num_images
         generators, seed = self._generators(generators, seed, total)
         choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        draw = self._draw(SamplingConfig(**choice), dict(num_steps=num_steps, final_steps=final_steps, solver=solver), prefix, total)
+        sampling = SamplingConfig(**choice)
+        if drafter is not None:
+            draw = self._drafted(sampling, drafter, rule, eps, num_draft_tokens)
+        elif any(given is not None for given in (rule, eps, num_draft_tokens)):
+            raise ValueError("rule, eps and num_draft_tokens say what becomes of drafts; give a drafter too, such as 'jacobi'")
+        else:
+            draw = self._draw(sampling, dict(num_steps=num_steps, final_steps=final_steps, solver=solver), prefix, total)
         low, high = self.tokenizer.min_tokens, self.generator.max_tokens
         steps = high if num_tokens is None else num_tokens
         if isinstance(steps, bool) or not isinstance(steps, int) or not low <= steps <= high:
@@ -151,7 +169,7 @@ class TokenImagePipeline(DiffusionPipeline):
                 f"num_tokens={num_tokens!r} but this pipeline makes images of " + (f"{low} to {high} tokens" if low < high else f"{high}")
             )
 
-        parts, pictures, stats = [], [], GenerationStats(0, 0, 0, 0.0)
+        parts, pictures, costs = [], [], []
         with self.progress_bar(total=len(step_sizes(self.generator, steps)) * -(-total // batch_size)) as bar:
 
             def on_step(step: int, ids: Tensor) -> None:
@@ -172,9 +190,17 @@ class TokenImagePipeline(DiffusionPipeline):
                 began = time.perf_counter()
                 images = self.tokenizer.decode(tokens.to(self.tokenizer.device), generators=generators[rows], **(decode_options or {}))
                 pictures.append(images.float().cpu())
-                stats = stats + replace(cost, decode_seconds=time.perf_counter() - began)
+                costs.append(replace(cost, decode_seconds=time.perf_counter() - began))
                 parts.append(tokens.to("cpu"))
-        return TokenImageOutput(_as_output(torch.cat(pictures), output_type), VisualTokens.stack(parts), stats, seed)
+        return TokenImageOutput(_as_output(torch.cat(pictures), output_type), VisualTokens.stack(parts), reduce(add, costs), seed)
+
+    def _drafted(self, sampling: SamplingConfig, drafter, rule, eps: float | None, num_draft_tokens) -> Callable:
+        """What draws the tokens of a batch with drafts; the drafter is the same for all batches, so that what it learns stays."""
+        check_target(self.generator)
+        drafter = choose_drafter(drafter, self.generator)
+        rule = choose_rule(rule, tokenizer=self.tokenizer, target=self.generator, eps=eps)
+        fixed = dict(sampling=sampling, drafter=drafter, rule=rule, num_draft_tokens=num_draft_tokens)
+        return lambda rows, condition, **options: speculate(self.generator, condition, **fixed, **options)
 
     def _draw(self, sampling: SamplingConfig, flow: dict[str, Any], prefix: Tensor | None, total: int) -> Callable:
         """What draws the tokens of a batch: a function of its rows and the arguments that all generators share."""

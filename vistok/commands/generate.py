@@ -53,6 +53,19 @@ class Generate:
     """tokens.safetensors of an earlier call of an xAR for as many images: keep their first entities and draw the rest."""
     prefix_entities: int = 1
     """How many entities of --prefix are kept."""
+    drafter: optional(str, "NAME", "default: plain decoding") = None
+    """Draft tokens and verify many in one pass: jacobi, recycling, copy, skip, model, eagle, medusa, chimera; or the folder of a trained
+    head or a smaller generator."""
+    drafter_options: shown(tuple[str, ...], "NAME=VALUE...", "default: the drafter's") = ()
+    """Its options, such as length=6."""
+    rule: optional(str, "NAME", "default: standard") = None
+    """Which drafts are kept. "standard" changes nothing but the speed; "lantern_budget" and others keep more and change the images."""
+    rule_options: shown(tuple[str, ...], "NAME=VALUE...", "default: the rule's") = ()
+    """Its options, such as k=100."""
+    eps: optional(float, "E", "default: the rule's") = None
+    """How much total variation a token may lose; alone it means --rule lantern_budget."""
+    num_draft_tokens: optional(int, "N", "default: as the drafter makes") = None
+    """Tokens drafted for a pass; 0 is plain decoding."""
     decode_steps: optional(int, "N", "default: the model's") = None
     """Solver steps of a flow decoder (FlexTok)."""
     seed: optional(int, "S", "default: drawn, and written down") = None
@@ -85,6 +98,7 @@ class Generate:
         if self.prefix is not None:
             sampling["prefix"] = read_prefix(self.prefix, pipe, self.prefix_entities)
         decoding = decode_options(pipe.tokenizer, num_steps=self.decode_steps)
+        drafting = self.drafting(pipe)
         labels = [as_label(label, pipe.classes) for label in self.labels]
         output = pipe(
             labels=labels or None,
@@ -94,6 +108,7 @@ class Generate:
             batch_size=self.batch_size,
             decode_options=decoding,
             **sampling,
+            **drafting,
         )
         self.out.mkdir(parents=True, exist_ok=True)
         files = [f"{i:04d}.png" for i in range(len(output.images))]
@@ -114,6 +129,8 @@ class Generate:
             "int8": self.int8,
             **sampling,
             "decode_options": decoding,
+            **{name: getattr(self, name) for name in ("drafter", "rule", "eps", "num_draft_tokens") if getattr(self, name) is not None},
+            **{name: list(getattr(self, name)) for name in ("drafter_options", "rule_options") if getattr(self, name)},
             "stats": {**asdict(output.stats), "tokens_per_second": round(output.stats.tokens_per_second, 1)},
             "vistok": vistok.__version__,
             "files": files,
@@ -121,6 +138,25 @@ class Generate:
         (self.out / "generation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         seconds = output.stats.seconds + output.stats.decode_seconds
         print(f"{len(files)} images in {seconds:.1f} s, seed {output.seed}: {self.out / Path('grid.png')}")
+        if drafting:
+            print(output.stats.summary())
+
+    def drafting(self, pipe) -> dict:
+        """Arguments of the pipeline for drafting; none where nothing asks for it."""
+        if self.drafter is None:
+            if self.drafter_options or self.rule_options:
+                raise ValueError("--drafter-options and --rule-options need a --drafter")
+            return {name: getattr(self, name) for name in ("rule", "eps", "num_draft_tokens") if getattr(self, name) is not None}
+        from vistok.decoding.accept import rule_options
+        from vistok.decoding.drafters.choose import choose_drafter, choose_rule, options_of, read_options
+        from vistok.decoding.speculative import check_target
+
+        check_target(pipe.generator)
+        options = read_options(self.drafter_options, options_of(self.drafter), "drafter option")
+        name = self.rule or ("standard" if self.eps is None else "lantern_budget")
+        of_rule = read_options(self.rule_options, rule_options(name), "rule option")
+        rule = choose_rule(name, tokenizer=pipe.tokenizer, target=pipe.generator, eps=self.eps, options=of_rule)
+        return dict(drafter=choose_drafter(self.drafter, pipe.generator, options), rule=rule, num_draft_tokens=self.num_draft_tokens)
 
 
 def read_prefix(path: Path, pipe, num_entities: int):

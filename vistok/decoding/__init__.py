@@ -3,5 +3,18 @@
 from vistok.decoding.generate import GenerationStats, generate, guidance_until, step_sizes
 from vistok.decoding.parallel import generate_parallel
 from vistok.decoding.sampling import SamplingConfig, sample, warp
+from vistok.decoding.speculative import speculate
+from vistok.decoding.stats import SpeculationStats
 
-__all__ = ["GenerationStats", "SamplingConfig", "generate", "generate_parallel", "guidance_until", "sample", "step_sizes", "warp"]
+__all__ = [
+    "GenerationStats",
+    "SamplingConfig",
+    "SpeculationStats",
+    "generate",
+    "generate_parallel",
+    "guidance_until",
+    "sample",
+    "speculate",
+    "step_sizes",
+    "warp",
+]

@@ -44,6 +44,17 @@ class SpeculationStats(GenerationStats):
         reached = [sum(self.accepted[depth:]) for depth in range(len(self.accepted))]
         return tuple(after / before if before else 0.0 for before, after in zip(reached, reached[1:]))
 
+    def summary(self) -> str:
+        """One line for a person."""
+        parts = [f"{self.drafter}, {self.rule}: {self.accepted_per_step:.2f} tokens a pass"]
+        if self.decision:
+            parts.append(self.decision)
+        if self.total_variation_spent is None:
+            parts.append("what it cost in total variation is not known")
+        elif self.total_variation_spent:
+            parts.append(f"total variation spent a token: {self.total_variation_spent / max(self.num_tokens, 1):.4f}")
+        return "; ".join(parts)
+
     def __add__(self, other: "SpeculationStats") -> "SpeculationStats":
         longest = max(len(self.accepted), len(other.accepted))
         pad = [part.accepted + (0,) * (longest - len(part.accepted)) for part in (self, other)]

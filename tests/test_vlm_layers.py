@@ -136,6 +136,19 @@ def test_steps_on_the_short_caches_equal_runs_without_a_cache(positions):
     torch.testing.assert_close(cached, uncached, atol=1e-4, rtol=1e-4)
 
 
+def test_a_cache_that_the_model_makes_in_a_plain_forward_is_known_too():
+    model, inputs = build("llava")
+    token = torch.tensor([[40], [41]])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    position = inputs["attention_mask"].sum(dim=1, keepdim=True)
+    places = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    with vistok.prune(model, **THREE) as pruned, torch.no_grad():
+        cache = model(**inputs, position_ids=places, use_cache=True).past_key_values
+        step = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache).logits
+        drops = pruned.drops()
+    torch.testing.assert_close(step[:, 0], mask_oracle_logits(model, inputs, drops, token)[:, 1], atol=2e-4, rtol=2e-4)
+
+
 def test_compact_positions_change_nothing_when_all_is_kept_and_something_when_not():
     model, inputs = build("llava")
     runs = []

@@ -30,7 +30,10 @@ class _Calibration:
     def __init__(self, model: nn.Module):
         family_of(model)
         self.model, self.text = model, text_model(model)
-        self._handles: list = [self.text.register_forward_pre_hook(self._enter_text, with_kwargs=True)]
+        self._handles: list = [
+            self.text.register_forward_pre_hook(self._enter_text, with_kwargs=True),
+            self.text.register_forward_hook(self._leave_text),
+        ]
 
     def __enter__(self):
         return self
@@ -61,6 +64,11 @@ class _Calibration:
         B, Q = (embeds if embeds is not None else kwargs["input_ids"]).shape[:2]
         mask = kwargs.get("attention_mask")
         self._is_valid, _ = validity(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None, B, Q, text.device)
+
+    def _leave_text(self, text: nn.Module, args: tuple, output) -> None:
+        made = getattr(output, "past_key_values", None)
+        if made is not None:  # the model may have made the cache itself
+            made.__dict__.setdefault(_STATE, self._memory)
 
 
 class CalibratedAttention(_Calibration):

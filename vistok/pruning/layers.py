@@ -252,6 +252,9 @@ class PrunedLayers:
         now, self._now = self._now, None
         if now is None:
             return None
+        made = getattr(output, "past_key_values", None)
+        if now.ledger is None and made is not None and made.get_seq_length() == now.Q:  # the model made the cache itself
+            now.ledger = self._ledger_of(made)
         ledger = now.ledger
         if ledger is not None:
             self._record(now)
@@ -284,8 +287,7 @@ class PrunedLayers:
         if ledger is None or length == 0:
             if length > 0:
                 raise ValueError("this cache was not made by the pruned model: start the conversation inside `with vistok.prune(...)`")
-            ledger = _Ledger([_Segment() for _ in self.stages.at])
-            setattr(cache, _LEDGER, ledger)
+            ledger = self._ledger_of(cache)
         surplus = ledger.length - length
         if surplus > 0:  # cropped, as assisted decoding does with rejected tokens
             if surplus > ledger.since_stage:
@@ -298,6 +300,12 @@ class PrunedLayers:
         recorded = next((x for x in ledger.segments[-1].columns if isinstance(x, Tensor)), None)
         if surplus < 0 or recorded is not None and recorded.shape[0] != B:
             raise ValueError("the cache was changed outside the pruned model: its layers hold other tokens than were recorded")
+        return ledger
+
+    def _ledger_of(self, cache) -> _Ledger:
+        """A new ledger on the cache."""
+        ledger = _Ledger([_Segment() for _ in self.stages.at])
+        setattr(cache, _LEDGER, ledger)
         return ledger
 
     def _drop(self, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:

@@ -124,10 +124,15 @@ def test_a_budget_moved_to_candidates_stays_within_eps_and_robs_none(candidates,
 def test_a_budget_goes_to_near_tokens_first():
     line = torch.arange(V)[:, None].float()
     p, q = torch.tensor([[0.0, 0.5, 0.0, 0.0, 0.5]]).double(), torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]).double()
-    law = carry_mass(p, q, neighbour_table(line, 4), k=4, eps=0.3)
-    torch.testing.assert_close(law, torch.tensor([[0.3, 0.2, 0.0, 0.0, 0.5]]).double())
-    lattice = LatticeNeighbours((V,), 3)
-    torch.testing.assert_close(carry_mass(p, q, lattice, k=1, eps=0.8).sum(1), torch.ones(1).double())
+    near = carry_mass(p, q, neighbour_table(line, 1), k=1, eps=0.3)
+    torch.testing.assert_close(near, torch.tensor([[0.3, 0.2, 0.0, 0.0, 0.5]]).double())
+    torch.testing.assert_close(carry_mass(p, q, LatticeNeighbours((V,), 3), k=1, eps=0.3), near)
+    shared = carry_mass(p, q, neighbour_table(line, 4), k=4, eps=0.3)
+    torch.testing.assert_close(shared, torch.tensor([[0.3, 0.35, 0.0, 0.0, 0.35]]).double())
+    # two tokens want what a third can give: each gets its share, and no more is given than there is
+    p, q = torch.tensor([[0.0, 0.4, 0.0, 0.6, 0.0]]).double(), torch.tensor([[0.2, 0.0, 0.6, 0.2, 0.0]]).double()
+    asked = carry_mass(p, q, torch.tensor([[1], [0], [1], [4], [3]]), k=1, eps=0.4)
+    torch.testing.assert_close(asked, torch.tensor([[0.4 * 0.2 / 0.6, 0.0, 0.4 * 0.4 / 0.6, 0.6, 0.0]]).double())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 1.0])

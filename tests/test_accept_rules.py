@@ -133,6 +133,7 @@ def test_the_lattice_has_the_neighbours_of_the_table():
 
     torch.testing.assert_close(distances(near), distances(table), rtol=0, atol=1e-5)  # of equals, either may come first
     assert not (near == tokens[:, None]).any() and all(len(set(row)) == k for row in near.tolist())
+    assert torch.equal(near[:, :5], lattice._search(tokens, k)[:, :5])  # remembered and searched anew
     with pytest.raises(ValueError, match="k=13"):
         lattice.nearest(tokens, 13)
     with pytest.raises(ValueError, match="k=60"):

@@ -140,25 +140,26 @@ def one_or_more(tokens: Tensor, V: int) -> Tensor:
     return counts.scatter_add(-1, tokens.clamp(min=0), (tokens >= 0).long()) > 0
 
 
-def carry_mass(p: Tensor, q: Tensor, neighbours: Neighbours, *, k: int, eps: float, takers: int = 256) -> Tensor:
-    """Laws at total variation min(eps, TV(p, q)) of p, on the way from p to q [..., V], moving mass to near tokens first.
+def carry_mass(p: Tensor, q: Tensor, neighbours: Neighbours, *, k: int, eps: float, takers: int = 128) -> Tensor:
+    """Laws at total variation min(eps, TV(p, q)) of p, on the way from p to q [..., V], moving mass between near tokens first.
 
-    Tokens with q > p take from neighbours with p > q, rank by rank, those who want the same token in proportion; what is left of eps
-    is spent as a blend. Only the `takers` tokens that lack most take from neighbours. Depends on p and q alone, not on what was drawn.
+    A token with q > p takes what it lacks from those of its k neighbours with p > q, in proportion to their surplus; a neighbour that is
+    asked for more than its surplus gives to all in proportion. What is left of eps is spent as a blend. Only the `takers` tokens that lack
+    most take from neighbours. Depends on p and q alone, not on what was drawn.
     """
-    short, tokens = (q - p).clamp(min=0).topk(min(takers, p.shape[-1]), dim=-1)
-    near = nearest_tokens(neighbours, tokens, k)  # [..., takers, k]
-    surplus, gained = (p - q).clamp(min=0), torch.zeros_like(short)
-    left = torch.full_like(p[..., :1], eps)
-    for givers in near.unbind(-1):
-        wanted = torch.zeros_like(p).scatter_add_(-1, givers, short).gather(-1, givers)
-        moved = short * quotient(surplus.gather(-1, givers), wanted).clamp(max=1)
-        moved = moved * quotient(left, moved.sum(-1, keepdim=True)).clamp(max=1)
-        short, gained, left = short - moved, gained + moved, (left - moved.sum(-1, keepdim=True)).clamp(min=0)
-        surplus.scatter_add_(-1, givers, -moved).clamp_(min=0)
-    v = torch.minimum(p, q) + surplus  # what is left where p was larger, and below what the takers have
-    v = v.scatter_add(-1, tokens, gained)
-    return blend(v, q, left[..., 0])
+    lack, tokens = (q - p).clamp_(min=0).topk(min(takers, p.shape[-1]), dim=-1)
+    near = nearest_tokens(neighbours, tokens, k).flatten(-2)  # [..., takers * k]
+    surplus = (p - q).clamp_(min=0)
+    offered = surplus.gather(-1, near).unflatten(-1, (tokens.shape[-1], -1))
+    total = offered.sum(-1)
+    asked = (offered * quotient(torch.minimum(lack, total), total)[..., None]).flatten(-2)
+    load = torch.zeros_like(p).scatter_add_(-1, near, asked).gather(-1, near)
+    moved = asked * quotient(offered.flatten(-2), load).clamp_(max=1)
+    spent = moved.sum(-1, keepdim=True)
+    moved = moved * quotient(spent.clamp(max=eps), spent)
+    gained = moved.unflatten(-1, offered.shape[-2:]).sum(-1)
+    v = p.scatter_add(-1, near, -moved).scatter_add_(-1, tokens, gained).clamp_(min=0)
+    return blend(v, q, (eps - spent[..., 0]).clamp(min=0))
 
 
 @law_rule("lantern_budget", bound="eps", paper="this library, after 2410.03355")

@@ -16,6 +16,8 @@ from torch import Tensor
 from vistok.quantizers import FSQ, LFQ, VQ
 from vistok.quantizers.lookup import nearest_codes
 
+REMEMBERED = 1 << 20  # neighbours that a lattice remembers, 8 MB; it searches anew for each token where there would be more
+
 
 def neighbour_table(codebook: Tensor, k: int, *, metric: Literal["euclidean", "cosine"] = "euclidean") -> Tensor:
     """The k nearest other tokens of each token, nearest first: [V, k] int32.
@@ -41,7 +43,7 @@ def _without_itself(nearest: Tensor) -> Tensor:
 
 
 class LatticeNeighbours:
-    """Neighbours of the codes of an FSQ or LFQ, without a table. `nearest` is its one method."""
+    """Neighbours of the codes of an FSQ or LFQ, without a table of distances. `nearest` is its one method."""
 
     def __init__(self, levels: tuple[int, ...], k: int, *, spacing: tuple[float, ...] | None = None):
         """levels: of each channel, the first fastest in the id. k: the most neighbours asked for. spacing: between levels; 1 by default."""
@@ -57,11 +59,19 @@ class LatticeNeighbours:
         steps = (corner[length <= reach][:, None] * signs).flatten(0, 1).unique(dim=0)
         steps = steps[steps.any(1)]
         self.steps = steps[(steps * self.spacing).square().sum(1).argsort(stable=True)]  # [M, d]
+        self._found: Tensor | None = None
 
     def nearest(self, tokens: Tensor, k: int) -> Tensor:
         """The k nearest other tokens [..., k] int64 of tokens [...], nearest first."""
         if k > self.k:
             raise ValueError(f"k={k} neighbours, but this lattice was prepared for {self.k}")
+        if self.codebook_size * self.k > REMEMBERED:
+            return self._search(tokens, k)
+        if self._found is None or self._found.device != tokens.device:
+            self._found = self._search(torch.arange(self.codebook_size, device=tokens.device), self.k)
+        return self._found[tokens, :k]
+
+    def _search(self, tokens: Tensor, k: int) -> Tensor:
         steps, levels, basis = (part.to(tokens.device) for part in (self.steps, self.levels, self.basis))
         digits = (tokens[..., None] // basis % levels)[..., None, :] + steps  # [..., M, d]
         is_inside = ((digits >= 0) & (digits < levels)).all(-1)

@@ -189,7 +189,8 @@ class PredictionOrder:
     @cached_property
     def entities(self) -> Tensor:
         """[S] int64: the entity of each slot."""
-        return torch.repeat_interleave(torch.arange(self.num_entities, device=CPU), torch.tensor(self.lengths, device=CPU))
+        lengths = torch.tensor(self.lengths, device=CPU)
+        return torch.repeat_interleave(torch.arange(self.num_entities, device=CPU), lengths, output_size=self.num_slots)
 
     @cached_property
     def coordinates(self) -> Tensor:

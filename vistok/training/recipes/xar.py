@@ -1,8 +1,10 @@
 """Recipes of xAR: flow matching of the next entity, over any tokenizer's tokens in any order (`--order cell-4`, `--context clean`)."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from vistok.tokens import TokenLayout
 from vistok.training.config import TrainConfig
 from vistok.training.recipes import Recipe, Sources, _tiny, recipe
 from vistok.training.task import TrainingTask
@@ -57,15 +59,25 @@ def _xar_emoji_config(**changes) -> TrainConfig:
     return replace(base, **changes)
 
 
-def xar_task(shape: dict, **task):
+@dataclass(frozen=True)
+class XARBuild:
     """A recipe's `build`. shape: fields of XARConfig that the tokens do not decide. task: fields of XARTaskConfig."""
 
-    def build(sources: Sources) -> TrainingTask:
+    shape: dict[str, Any]
+    task: dict[str, Any]
+
+    def config(self, layout: TokenLayout, *, order: str | None = None, has_captions: bool = False, **fields):
+        """XARConfig of the recipe's model over tokens of a layout; order: see `OrderConfig.parse`; fields: what else the tokens decide."""
+        from vistok.generators import OrderConfig, XARConfig
+
+        text = self.shape.get("text", "none") if has_captions else "none"
+        return XARConfig(order=OrderConfig.parse(order, layout), **fields, **{**self.shape, "text": text})
+
+    def __call__(self, sources: Sources) -> TrainingTask:
         import vistok
         from vistok.decoding.flow import code_table
-        from vistok.generators import XAR, OrderConfig, XARConfig
+        from vistok.generators import XAR
         from vistok.registry import is_bundled
-        from vistok.tokens import TokenLayout
         from vistok.training.tasks.xar import XARTask, XARTaskConfig
 
         tokens, tokenizer = sources.tokens, vistok.load(sources.tokenizer)
@@ -73,20 +85,17 @@ def xar_task(shape: dict, **task):
         if tokens.plan.num_tokens < layout.num_tokens and layout.kind == "sequence":  # the first ones of an ordered tokenizer
             layout = TokenLayout("sequence", (tokens.plan.num_tokens,))
         mean, deviation = channel_statistics(tokens, code_table(tokenizer))
-        config = XARConfig(
-            order=OrderConfig.parse(sources.order, layout),
-            code_dim=len(mean),
-            num_classes=len(tokens.classes),
-            classes=tuple(tokens.classes),
-            value_mean=mean,
-            value_deviation=deviation,
-            **{**shape, "text": shape.get("text", "none") if any(tokens.captions) else "none"},
-        )
+        classes = tuple(tokens.classes)
+        fields = dict(code_dim=len(mean), num_classes=len(classes), classes=classes, value_mean=mean, value_deviation=deviation)
+        config = self.config(layout, order=sources.order, has_captions=any(tokens.captions), **fields)
         parts = dict(tokenizer_reference=sources.tokenizer if is_bundled(sources.tokenizer) else None, held_out=sources.held_out)
-        options = task | ({} if sources.context is None else {"context": sources.context})
+        options = self.task | ({} if sources.context is None else {"context": sources.context})
         return XARTask(XAR(config), XARTaskConfig(**options), tokenizer=tokenizer, **parts)
 
-    return build
+
+def xar_task(shape: dict[str, Any], **task) -> XARBuild:
+    """What builds an xAR of this shape, trained with these fields of XARTaskConfig."""
+    return XARBuild(shape, task)
 
 
 def channel_statistics(tokens, codes) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -173,6 +173,46 @@ def test_the_vision_transformer_may_come_from_its_own_pickled_file(tmp_path):
     assert "tokenizer_encoder.encoder.norm.weight" in read_official(tmp_path)
 
 
+def snapshot(folder, model, prefix="visual_tokenizer."):
+    """The published layout: visual_tokenizer/ and language_model/visual_weight.bin, whose merger is twice the other's."""
+    (folder / "language_model").mkdir(parents=True)
+    to_official(model, folder / "visual_tokenizer")
+    state = read_official(folder / "visual_tokenizer")
+    other = {
+        key.removeprefix("tokenizer_encoder."): 2 * value for key, value in state.items() if ".causal_encoder." in key or "vit_proj" in key
+    }
+    torch.save({prefix + key: value for key, value in other.items()}, folder / "language_model" / "visual_weight.bin")
+    return state
+
+
+@pytest.mark.parametrize("prefix", ["", "visual_tokenizer.", "model.visual_tokenizer."])
+def test_the_merger_for_understanding_is_read_from_its_own_file(tmp_path, prefix):
+    model = fresh(OFFICIAL)
+    snapshot(tmp_path, model, prefix)
+    writes, reads = from_official(tmp_path, **HEADS), from_official(tmp_path, weights="understanding", **HEADS)
+    ours, theirs = writes.state_dict(), reads.state_dict()
+    doubled = [key for key in ours if key.startswith(("merger.", "to_llm."))]
+    assert doubled and all(torch.equal(theirs[key], 2 * ours[key] if key in doubled else ours[key]) for key in ours)
+    same = from_official(tmp_path / "visual_tokenizer", weights="understanding", **HEADS)
+    assert all(torch.equal(value, theirs[key]) for key, value in same.state_dict().items())
+
+
+def test_a_merger_for_understanding_that_is_none_is_refused(tmp_path):
+    state = snapshot(tmp_path, fresh(OFFICIAL))
+    file = tmp_path / "language_model" / "visual_weight.bin"
+    torch.save({"causal_encoder.norm.bias": torch.zeros(16), "quantize.embedding.weight": torch.zeros(12, 4)}, file)
+    with pytest.raises(ValueError, match="it lacks causal_encoder.*it holds quantize.embedding.weight"):
+        from_official(tmp_path, weights="understanding", **HEADS)
+    with pytest.raises(ValueError, match="weights='both' is not known"):
+        from_official(tmp_path, weights="both", **HEADS)
+    torch.save(state, tmp_path / "all.bin")
+    with pytest.raises(ValueError, match="a folder is needed"):
+        from_official(tmp_path / "all.bin", weights="understanding", **HEADS)
+    file.unlink()
+    with pytest.raises(OSError, match="visual_weight"):
+        from_official(tmp_path, weights="understanding", **HEADS)
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_key_at_fault(tmp_path):
     from safetensors.torch import save_file
 

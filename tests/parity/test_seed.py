@@ -55,6 +55,7 @@ def test_the_converted_config_says_what_the_case_says(model, golden):
     crossed = [i for i in range(bert["num_hidden_layers"]) if i % config["cross_attention_freq"] == 0]
     assert [i for i in range(settings.qformer.depth) if i % settings.qformer.cross_every == 0] == crossed
     assert (settings.vision.width, settings.vision.depth, settings.vision.patch_size) == (vit["embed_dim"], vit["depth"], vit["patch_size"])
+    assert settings.vision.qkv_bias == vit.get("qkv_bias", True)
     assert settings.image_size == (vit["img_size"],) * 2 and settings.vision.hidden == int(vit["embed_dim"] * vit["mlp_ratio"])
     assert (settings.quantizer.codebook_size, settings.quantizer.code_dim) == (config["n_embed"], config["codebook_embed_dim"])
     assert settings.quantizer.codebook_weight == config["legacy_beta"] and settings.quantizer.commitment_weight == 1.0

@@ -7,7 +7,9 @@ Official files, safetensors or pickled (`.bin`), in one folder:
     tokenizer_decoder              feature decoder with the conditioning of SD 1.5 ("lowres")
     highres_tokenizer_decoder      the same for SDXL ("highres")
 
-or one file with all of it under `tokenizer_encoder.` and `tokenizer_decoder.`.
+or one file with all of it under `tokenizer_encoder.` and `tokenizer_decoder.`. In the published snapshot that folder is `visual_tokenizer`;
+beside it, `language_model/visual_weight` holds the merger and the projection as they are for understanding: what a language model reads
+images by, while the tokens it writes go through the merger of `tokenizer_encoder`.
 
     official                                       here
     cls_token, pos_embed, query_embed [1, ...]     without the leading axes
@@ -35,7 +37,11 @@ from vistok.tokenizers.lavit import LaVIT, LaVITConfig
 log = logging.getLogger("vistok")
 
 ENCODER, DECODER, VISION = "tokenizer_encoder", {"lowres": "tokenizer_decoder", "highres": "highres_tokenizer_decoder"}, "eva_vitg_psz14"
+SNAPSHOT, UNDERSTANDING = "visual_tokenizer", ("language_model", "visual_weight")
+WEIGHTS = ("generation", "understanding")
 _SUFFIXES = (".safetensors", ".bin", ".pt")
+_OWNERS = re.compile(r"^(model\.)?(visual_tokenizer\.|tokenizer_encoder\.)?")
+_UNDERSTOOD = ("causal_encoder.", "vit_proj.")
 _IGNORED = re.compile(r"tokenizer_encoder\.encoder\.(norm|head)\..+")
 PUBLISHED_WIDTH, PUBLISHED_HEADS = 1408, 16
 
@@ -147,37 +153,63 @@ def official_state(settings: LaVITConfig, tensors: dict[str, Tensor]) -> dict[st
 # -- reading ----------------------------------------------------------------------------------------------------------------------------
 
 
-def read_official(path: str | os.PathLike, *, condition: str = "lowres") -> dict[str, Tensor]:
+def read_official(path: str | os.PathLike, *, condition: str = "lowres", weights: str = "generation") -> dict[str, Tensor]:
     """All official tensors under `tokenizer_encoder.` and `tokenizer_decoder.`, from one file or the files of a folder.
 
-    condition: which decoder of a folder, "lowres" or "highres".
-    Raises OSError: a file is not there. ValueError: a file that cannot be read safely, or an unknown condition.
+    condition: which decoder of a folder, "lowres" or "highres". weights: "generation", or "understanding", which takes merger and
+    projection from `visual_weight`.
+    Raises OSError: a file is not there. ValueError: a file that cannot be read safely, or an unknown condition or kind of weights.
     """
     if condition not in DECODER:
         raise ValueError(f"condition={condition!r} is not known; allowed: {', '.join(DECODER)}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is not known; allowed: {', '.join(WEIGHTS)}")
     path = Path(path)
     if not path.is_dir():
+        if weights != "generation":
+            raise ValueError(f"weights={weights!r} are in a file of their own, so a folder is needed; {path} is a file")
         return read_state(find_state(path, ()))
+    home = path / SNAPSHOT if (path / SNAPSHOT).is_dir() else path
     parts = {"tokenizer_encoder.": ENCODER, "tokenizer_decoder.": DECODER[condition]}
-    state = {
-        prefix + key: value
-        for prefix, name in parts.items()
-        for key, value in read_state(find_state(path, tuple(name + suffix for suffix in _SUFFIXES))).items()
-    }
+    state = {prefix + key: value for prefix, name in parts.items() for key, value in _read(home, name).items()}
     if not any(key.startswith("tokenizer_encoder.encoder.") for key in state):
-        vision = read_state(find_state(path, tuple(VISION + suffix for suffix in _SUFFIXES)))
-        state.update({f"tokenizer_encoder.encoder.{key}": value for key, value in vision.items()})
+        state.update({f"tokenizer_encoder.encoder.{key}": value for key, value in _read(home, VISION).items()})
+    if weights == "understanding":
+        folder, name = UNDERSTANDING
+        beside = next((base / folder for base in (path, home.parent) if (base / folder).is_dir()), path)
+        state.update(_understanding(beside, _read(beside, name), state))
     return state
 
 
-def from_official(path: str | os.PathLike, *, condition: str = "lowres", **overrides) -> LaVIT:
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    return read_state(find_state(folder, tuple(name + suffix for suffix in _SUFFIXES)))
+
+
+def _understanding(folder: Path, found: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `visual_weight` under the names they replace.
+
+    Raises ValueError: it lacks part of the merger, or holds what is not of the merger or the projection; all at fault are named.
+    """
+    named = {_OWNERS.sub("", key): value for key, value in found.items()}
+    replaced = {key.removeprefix("tokenizer_encoder.") for key in state if key.startswith("tokenizer_encoder.")}
+    odd = sorted(key for key in named if key not in replaced or not key.startswith(_UNDERSTOOD))
+    lacking = sorted(key for key in replaced if key.startswith(_UNDERSTOOD[0]) and key not in named)
+    if odd or lacking:
+        told = [f"it lacks {', '.join(lacking[:5])}"] * bool(lacking) + [f"it holds {', '.join(odd[:5])}"] * bool(odd)
+        raise ValueError(f"{folder / UNDERSTANDING[1]} is no merger for understanding: {'; '.join(told)}")
+    return {f"tokenizer_encoder.{key}": value for key, value in named.items()}
+
+
+def from_official(path: str | os.PathLike, *, condition: str = "lowres", weights: str = "generation", **overrides) -> LaVIT:
     """LaVIT of an official checkpoint, strictly.
 
-    path: a folder with the official files, or one file with all of them. condition: which decoder of a folder, "lowres" or "highres".
+    path: a folder with the official files (the snapshot or its visual_tokenizer), or one file with all of them. condition: which decoder of
+    a folder, "lowres" or "highres". weights: "generation" makes the tokens; "understanding" makes the features a language model reads
+    (`encode_features`), with another merger, whose ids mean nothing to the codebook.
     overrides: fields of LaVITConfig; the heads (vision_heads, merger_heads, decoder_heads, pool_heads) are needed for any width but 1408.
     Raises ValueError: keys that are not LaVIT's; every key at fault is named. OSError: nothing there.
     """
-    state = read_official(path, condition=condition)
+    state = read_official(path, condition=condition, weights=weights)
     ignored = sorted(key for key in state if _IGNORED.fullmatch(key))
     if ignored:
         log.info("%s: behind the features that are used, so not read: %s", path, ", ".join(ignored))

@@ -3,7 +3,7 @@
 Shapes in the file decide widths, depths, counts and the kind of head; heads of the attention layers are SEED-2's unless given.
 
     official                                              here
-    visual_encoder.blocks.I.attn.q_bias, v_bias [C]       vision.blocks.I.attention.qkv.bias [3 C], 0 for the keys
+    visual_encoder.blocks.I.attn.q_bias, v_bias [C]       vision.blocks.I.attention.qkv.bias [3 C], 0 for the keys; may be missing
     Qformer.bert...attention.self.query, key, value       qformer.layers.I.attention.qkv [3 D, D]
     Qformer.bert...crossattention.self.key, value         qformer.layers.I.cross.key_value [2 D, C]
     ...intermediate_query, output_query                   mlp                   (intermediate, output: text_mlp)
@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,16 +76,18 @@ def _both(ours: str, *official: str) -> list[Rule]:
     return [Rule(f"{ours}.{part}", tuple(f"{name}.{part}" for name in official), kind) for part in ("weight", "bias")]
 
 
-def block_rules(ours: str, official: str, *, key_bias: bool) -> list[Rule]:
-    """A ViT block. key_bias: the official one has one bias for q, k and v; else one for q and one for v (EVA)."""
+def block_rules(ours: str, official: str, *, biases: Literal["qkv", "q and v", "none"]) -> list[Rule]:
+    """A ViT block. biases: the official one has one bias for q, k and v, one for q and one for v (EVA), or none of them."""
     found = _both(f"{ours}.attention_norm", f"{official}.norm1") + _both(f"{ours}.mlp_norm", f"{official}.norm2")
     found += _both(f"{ours}.mlp.up", f"{official}.mlp.fc1") + _both(f"{ours}.mlp.out", f"{official}.mlp.fc2")
     found += _both(f"{ours}.attention.proj", f"{official}.attn.proj")
     qkv = f"{official}.attn.qkv"
-    if key_bias:
+    if biases == "qkv":
         return found + _both(f"{ours}.attention.qkv", qkv)
-    biases = (f"{official}.attn.q_bias", f"{official}.attn.v_bias")
-    return found + [Rule(f"{ours}.attention.qkv.weight", (f"{qkv}.weight",)), Rule(f"{ours}.attention.qkv.bias", biases, "bias")]
+    found.append(Rule(f"{ours}.attention.qkv.weight", (f"{qkv}.weight",)))
+    if biases == "q and v":
+        found.append(Rule(f"{ours}.attention.qkv.bias", (f"{official}.attn.q_bias", f"{official}.attn.v_bias"), "bias"))
+    return found
 
 
 def _qformer_rules(ours: str, official: str, config: QFormerConfig, *, has_text: bool) -> list[Rule]:
@@ -117,13 +120,14 @@ def rules(settings: SEEDConfig) -> list[Rule]:
     ]
     found += _both("vision.patches", "visual_encoder.patch_embed.proj") + _both("vision_norm", "ln_vision")
     for i in range(settings.vision.depth):
-        found += block_rules(f"vision.blocks.{i}", f"visual_encoder.blocks.{i}", key_bias=False)
+        biases = "q and v" if settings.vision.qkv_bias else "none"
+        found += block_rules(f"vision.blocks.{i}", f"visual_encoder.blocks.{i}", biases=biases)
     found += _qformer_rules("qformer", "Qformer", settings.qformer, has_text=settings.text is not None)
     for i in (0, 2):
         found += _both(f"to_code.{i}", f"encode_task_layer.{i}") + _both(f"from_code.{i}", f"decode_task_layer.{i}")
     for i in range(settings.block_depth):
-        found += block_rules(f"semantic_blocks.{i}", f"blocks.{i}", key_bias=True)
-        found += block_rules(f"generation_blocks.{i}", f"blocks_image.{i}", key_bias=True)
+        found += block_rules(f"semantic_blocks.{i}", f"blocks.{i}", biases="qkv")
+        found += block_rules(f"generation_blocks.{i}", f"blocks_image.{i}", biases="qkv")
     found += _both("head.proj", "distill_image_proj")
     if settings.head == "mlp":
         found += [Rule(f"head.layers.{i}.weight", (f"image_down.{2 * i}.weight",)) for i in range(len(settings.head_widths))]
@@ -216,6 +220,7 @@ def _measured(file: Path, shapes: dict[str, tuple[int, ...]], image_size: tuple[
             depth=len(depth("visual_encoder.blocks.")),
             num_heads=1,
             hidden=shape("visual_encoder.blocks.0.mlp.fc1.weight", 2)[0],
+            qkv_bias="visual_encoder.blocks.0.attn.q_bias" in shapes,
         ),
         "qformer": QFormerConfig(
             width=width,

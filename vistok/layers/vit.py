@@ -17,7 +17,8 @@ from vistok.layers.transformer import TransformerBlock
 class VisionTransformer(nn.Module):
     """Images to tokens, class token first; the grid of its position table is fixed.
 
-    image_size: height and width in pixels, multiples of patch_size. hidden: width of the feed-forward layers.
+    image_size: height and width in pixels, multiples of patch_size. hidden: width of the feed-forward layers. qkv_bias: queries, keys and
+    values have biases.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class VisionTransformer(nn.Module):
         num_heads: int,
         hidden: int,
         norm_eps: float = 1e-6,
+        qkv_bias: bool = True,
     ):
         super().__init__()
         num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
@@ -37,6 +39,9 @@ class VisionTransformer(nn.Module):
         self.cls = nn.Parameter(torch.empty(width).normal_(std=0.02))
         self.positions = nn.Parameter(torch.empty(1 + num_patches, width).normal_(std=0.02))
         self.blocks = nn.ModuleList(TransformerBlock(width, num_heads, hidden=hidden, norm_eps=norm_eps) for _ in range(depth))
+        if not qkv_bias:
+            for block in self.blocks:
+                block.attention.qkv.bias = None
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W], normalised as the weights want it. Returns [B, 1+N, D], not normalised."""

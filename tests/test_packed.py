@@ -11,6 +11,7 @@ from torch import nn
 import vistok
 from vistok import rng
 from vistok.decoding import SamplingConfig, generate
+from vistok.layers.norms import RMSNorm
 from vistok.layers.packed import MAX_ROWS, Int8Linear, packed_linears, to_int8
 
 
@@ -155,3 +156,18 @@ def test_an_int8_generator_makes_nearly_the_same_law_and_refuses_to_be_saved(tmp
         model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="float32"):
         to_int8(make().to(torch.bfloat16))
+
+
+# norms
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_the_quick_rms_norm_is_torchs(scale):
+    torch.manual_seed(0)
+    norm, x = RMSNorm(96, eps=1e-5), torch.randn(2, 3, 96) * scale
+    nn.init.normal_(norm.weight)
+    expected = F.rms_norm(x, (96,), norm.weight, 1e-5)
+    assert torch.equal(norm(x), expected)  # with gradients
+    with torch.no_grad():
+        assert torch.allclose(norm(x), expected, atol=1e-6, rtol=1e-6)
+        assert torch.equal(norm(torch.zeros(1, 96)), torch.zeros(1, 96))

@@ -24,6 +24,7 @@ from vistok.generators.condition import Condition, ConditionPrefix, check_classe
 from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import SwiGLU
+from vistok.layers.norms import RMSNorm
 from vistok.layers.pattention import Pattention, PattentionAttention
 from vistok.layers.placement import PlacedCache, Placement
 from vistok.layers.rope import rope_table, rotate
@@ -127,8 +128,8 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         D, heads = config.width, config.num_heads
-        self.attention_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        self.mlp_norm = nn.RMSNorm(D, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(D, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(D, eps=config.norm_eps)
         if config.mixing == "pattention":
             self.attention = PattentionAttention(D, heads, num_tokens=config.parameter_tokens or D)
             self.mlp = Pattention(D, D, config.mlp_parameter_tokens or 4 * D)
@@ -166,7 +167,7 @@ class GPT(VisualModel):
         self.query = nn.Parameter(torch.empty(config.width)) if config.has_query else None
         self.positions = nn.Parameter(torch.empty(self.max_tokens, config.width)) if config.layout_kind == "sequence" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         table = None
         if config.layout_kind == "grid":

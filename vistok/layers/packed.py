@@ -74,7 +74,7 @@ def _transposed(layer: nn.Linear):
 
 def _blocked(layer: nn.Linear, rows: int):
     weight, bias = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows), layer.bias
-    product = torch.ops.mkldnn._linear_pointwise
+    product = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(x: Tensor) -> Tensor:
         if not x.numel():  # the kernel takes no empty input

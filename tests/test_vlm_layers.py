@@ -64,6 +64,12 @@ def test_eager_attention_gives_the_same_logits_as_sdpa():
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("options", [ONE, THREE, {"method": "divprune", "keep_ratio": 0.5}], ids=["one_stage", "three_stages", "before"])
+def test_capped_logits_and_alternating_windows_match_the_oracle(options):
+    model, inputs = build("paligemma", attention="eager", is_second=True)
+    assert_matches_mask_oracle(model, inputs, **options, second_turn=SECOND_TURN, suppress_tokens=SPECIAL)
+
+
 def flash_on_a_cpu(module, query, key, value, attention_mask, scaling=None, position_ids=None, **options):
     """FlashAttention's contract: masks of padding only, causal from the bottom right, gaps in the positions begin a new sequence."""
     assert attention_mask is None or attention_mask.ndim == 2

@@ -177,8 +177,10 @@ def gemma3(sliding_window: int = 256):
     return T.Gemma3ForConditionalGeneration(config), _pixels(32)
 
 
-def paligemma():
+def paligemma(is_second: bool = False):
     text = T.GemmaConfig(**TEXT, head_dim=8)
+    if is_second:  # capped logits, and a window in every other layer; eager only
+        text = T.Gemma2Config(**TEXT, head_dim=8, sliding_window=256, query_pre_attn_scalar=8, layer_types=ALTERNATING)
     config = T.PaliGemmaConfig(vision_config=_siglip(projection_dim=32), text_config=text, image_token_id=IMAGE, projection_dim=32)
     return T.PaliGemmaForConditionalGeneration(config), _pixels()
 

@@ -125,8 +125,8 @@ class Convert:
     """
 
     format: tyro.conf.Positional[shown(str, "FORMAT")]
-    """What the checkpoint is: flextok, kl-vae (a diffusers AutoencoderKL), titok, maskgit, rar, llamagen (its tokenizer or GPT), var, xar,
-    seed, lavit, tokenflow or tokenflow-t2i."""
+    """What the checkpoint is: flextok, kl-vae (a diffusers AutoencoderKL), kl-16 (the VAE of MAR and xAR, and others in LDM's form), titok,
+    maskgit, rar, llamagen (its tokenizer or GPT), var, xar, seed, lavit, tokenflow or tokenflow-t2i."""
     path: tyro.conf.Positional[shown(str, "PATH")]
     """Its folder or weights file; with --to-official, a vistok model (folder, bundled name or hub id)."""
     out: Folder

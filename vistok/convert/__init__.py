@@ -11,6 +11,7 @@ from pathlib import Path
 FORMATS = {
     "flextok": "vistok.convert.flextok",
     "kl-vae": "vistok.convert.kl_vae",
+    "kl-16": "vistok.convert.ldm_vae",
     "maskgit": "vistok.convert.maskgit",
     "rar": "vistok.convert.rar",
     "titok": "vistok.convert.titok",

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from vistok.convert.safe_reader import find_weights, read_json_object, read_shapes, read_tensors
-from vistok.tokenizers.vae import KLVAE, VAEConfig
+from vistok.tokenizers.vae import KLVAE, VAEConfig, encoder_blocks
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 # Attention keys of files older than diffusers 0.18.
@@ -43,6 +43,7 @@ def vae_fields(shapes: dict[str, tuple[int, ...]], prefix: str, *, norm_groups: 
         "layers_per_block": 1 + max(block for _, block in found),
         "latent_channels": latent[0],
         "mid_attention": any(key.startswith(prefix + "encoder.mid_block.attentions.") for key in shapes),
+        "encoder_attention": any(key.startswith(f"{prefix}encoder.down_blocks.{len(channels) - 1}.attentions.") for key in shapes),
         "norm_groups": norm_groups,
     }
 
@@ -54,8 +55,11 @@ def _read_config(path: Path) -> dict:
         if key not in _FREE and (key not in _FIXED or value != _FIXED[key]):
             raise ValueError(f"{path}: {key}={value!r} is not understood here" + (f"; only {_FIXED[key]!r}" if key in _FIXED else ""))
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-        if set(data.get(key, [kind])) != {kind}:
-            raise ValueError(f"{path}: {key}={data[key]!r}; only {kind} is understood here")
+        kinds = data.get(key, [kind])
+        if key == "down_block_types" and kinds[-1:] == [f"Attn{kind}"]:
+            kinds = [*kinds[:-1], kind]
+        if set(kinds) - {kind} or not kinds:
+            raise ValueError(f"{path}: {key}={data[key]!r}; only {kind} is understood here, and in the encoder Attn{kind} as the last")
     return data
 
 
@@ -106,7 +110,7 @@ def to_official(model: KLVAE, folder: str | os.PathLike, *, dtype: torch.dtype |
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": list(settings.block_channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "down_block_types": list(encoder_blocks(settings)),
         "in_channels": 3,
         "latent_channels": settings.latent_channels,
         "layers_per_block": settings.layers_per_block,

@@ -40,6 +40,8 @@ class VAEConfig:
     """Groups of the group norms."""
     mid_attention: bool = True
     """Self-attention at the lowest resolution."""
+    encoder_attention: bool = False
+    """Self-attention after each of the encoder's residual blocks at the lowest resolution too, as in LDM's and MAR's VAEs of f = 16."""
     scaling_factor: float = 1.0
     """Latents are multiplied by this; 1 / their standard deviation makes them unit-sized."""
 
@@ -58,6 +60,12 @@ class VAEConfig:
         return self.stem * 2 ** (len(self.block_channels) - 1)
 
 
+def encoder_blocks(config: VAEConfig) -> tuple[str, ...]:
+    """diffusers' name of the encoder's block at each resolution."""
+    last = "AttnDownEncoderBlock2D" if config.encoder_attention else "DownEncoderBlock2D"
+    return ("DownEncoderBlock2D",) * (len(config.block_channels) - 1) + (last,)
+
+
 @register
 class KLVAE(VisualModel):
     """A continuous tokenizer: one value [C] a grid cell."""
@@ -72,7 +80,7 @@ class KLVAE(VisualModel):
             in_channels=channels,
             out_channels=channels,
             block_out_channels=config.block_channels,
-            down_block_types=("DownEncoderBlock2D",) * levels,
+            down_block_types=encoder_blocks(config),
             up_block_types=("UpDecoderBlock2D",) * levels,
             layers_per_block=config.layers_per_block,
             latent_channels=config.latent_channels,
@@ -132,6 +140,14 @@ class KLVAE(VisualModel):
 def vae_f8c16(**overrides) -> KLVAE:
     """The published FlexTok VAEs' shape: f8, 16 channels, 256 px."""
     return KLVAE(replace(VAEConfig(latent_channels=16), **overrides))
+
+
+@register
+def vae_kl16(**overrides) -> KLVAE:
+    """KL-16, the VAE under MAR and xAR: f16, 16 channels, 256 px, 66 M parameters; latents times 0.2325 are unit-sized."""
+    channels = (128, 128, 256, 256, 512)
+    base = VAEConfig(latent_channels=16, block_channels=channels, encoder_attention=True, scaling_factor=0.2325)
+    return KLVAE(replace(base, **overrides))
 
 
 @register

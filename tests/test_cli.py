@@ -249,6 +249,11 @@ def test_generate_writes_images_a_grid_tokens_and_how_they_were_made(models, tmp
     assert Image.open(tmp_path / "a" / "grid.png").width == 2 * 34 + 2
     assert run("generate", *common, "--labels", "square", "--out", tmp_path / "b") == 0
     assert (tmp_path / "a" / "0001.png").read_bytes() == (tmp_path / "b" / "0001.png").read_bytes()
+    prefix = ["--prefix", tmp_path / "b" / "tokens.safetensors", "--prefix-entities", 5]
+    assert run("generate", *common, "--labels", "square", *prefix, "--out", tmp_path / "c") == 0
+    assert (tmp_path / "c" / "0001.png").read_bytes() == (tmp_path / "b" / "0001.png").read_bytes()
+    assert run("generate", *common, "--labels", "square", "--int8", "--out", tmp_path / "d") == 0
+    assert json.loads((tmp_path / "d" / "generation.json").read_text())["int8"] is True
 
 
 def test_generate_explains_what_it_cannot_do(models, tmp_path, capsys):

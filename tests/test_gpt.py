@@ -106,6 +106,30 @@ def test_fewer_tokens_are_a_prefix_of_more():
         generate(model, three(model), generators=rng.image_generators(0, 3), num_tokens=13)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0, guidance_until(2.0, 4)])
+def test_a_run_goes_on_from_a_saved_prefix_as_if_unbroken(guidance):
+    model, steps = make(), []
+    options = dict(guidance_scale=guidance, sampling=SamplingConfig(top_k=50))
+    whole, _ = generate(model, three(model), generators=rng.image_generators(0, 3), **options)
+    for known in (0, 1, 7, 15):
+        again, stats = generate(
+            model,
+            three(model),
+            generators=rng.image_generators(0, 3),
+            prefix=whole.ids[:, :known],
+            on_step=lambda step, ids: steps.append((step, ids.shape[1])),
+            **options,
+        )
+        assert torch.equal(again.ids, whole.ids)
+        assert stats.target_passes == 16 - known and stats.num_tokens == 3 * (16 - known) and steps[0] == (known, known + 1)
+        steps.clear()
+    other, _ = generate(model, three(model), generators=rng.image_generators(0, 3), prefix=(whole.ids[:, :7] + 1) % 200, **options)
+    assert torch.equal(other.ids[:, :7], (whole.ids[:, :7] + 1) % 200) and not torch.equal(other.ids[:, 7:], whole.ids[:, 7:])
+    for wrong, message in [(whole.ids, "leaves none"), (whole.ids[:2, :3], "must hold ids"), (whole.ids[:, :3] + 200, "allowed: 0 to 199")]:
+        with pytest.raises(ValueError, match=message):
+            generate(model, three(model), generators=rng.image_generators(0, 3), prefix=wrong)
+
+
 @torch.no_grad()
 def test_guided_greedy_tokens_are_those_of_the_formula():
     model = make()

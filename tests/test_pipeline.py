@@ -56,6 +56,19 @@ def test_the_result_does_not_depend_on_the_batch_size(pipe):
     assert one.stats.target_passes == 4 * 16 and three.stats.target_passes == 2 * 16
 
 
+def test_images_go_on_from_their_first_tokens_as_if_unbroken(pipe):
+    options = dict(labels=[0, 1], num_images=2, seed=5, output_type="pt")
+    whole = pipe(**options)
+    seen = []
+    rest = pipe(**options, batch_size=3, prefix=whole.tokens.ids[:, :6], callback_on_step_end=lambda p, step, ids: seen.append(step))
+    assert torch.equal(rest.tokens.ids, whole.tokens.ids) and min(seen) == 6
+    assert torch.allclose(rest.images, whole.images, atol=1e-5)
+    with pytest.raises(ValueError, match="of 3 images, but 4"):
+        pipe(**options, prefix=whole.tokens.ids[:3, :6])
+    with pytest.raises(ValueError, match="plain decoding"):
+        pipe(**options, prefix=whole.tokens.ids[:, :6], drafter="jacobi")
+
+
 def test_a_seed_is_the_generators_it_stands_for_and_is_returned_when_drawn(pipe):
     by_seed = pipe(labels=[0], num_images=2, seed=7, output_type="pt")
     by_generators = pipe(labels=[0], num_images=2, generators=rng.image_generators(7, 2), output_type="pt")

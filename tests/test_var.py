@@ -254,3 +254,13 @@ def test_a_wrong_checkpoint_is_refused_with_every_tensor_at_fault(model, tokeniz
         save_file(wrong, tmp_path / "var.safetensors")
         with pytest.raises(ValueError, match=next(iter(change))):
             from_official(tmp_path / "var.safetensors", tokenizer=tokenizer)
+
+
+def test_scales_go_on_from_a_saved_prefix_as_if_unbroken(model):
+    uniforms = torch.rand(3, model.max_tokens, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    whole, _ = generate(model, condition(model), uniforms=uniforms, guidance_scale=2.5)
+    for known in (1, 14):
+        again, _ = generate(model, condition(model), uniforms=uniforms, guidance_scale=2.5, prefix=whole.ids[:, :known])
+        assert torch.equal(again.ids, whole.ids)
+    with pytest.raises(ValueError, match="ends inside a step"):
+        generate(model, condition(model), uniforms=uniforms, prefix=whole.ids[:, :2])

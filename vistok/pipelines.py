@@ -129,8 +129,9 @@ class TokenImagePipeline(DiffusionPipeline):
         needs all, the default.
         guidance_scale: 1 is off; or a function of the step; VAR rises to it from scale to scale, xAR from entity to entity.
         temperature, top_k, top_p, min_p: of a generator of ids, see `SamplingConfig`.
-        num_steps, final_steps, solver: of xAR, see `FlowSampling`; what is not given is as there. prefix: [n, slots, C] values of each
-        image's first entities, as xAR's callback got them, from which the same seed goes on.
+        num_steps, final_steps, solver: of xAR, see `FlowSampling`; what is not given is as there.
+        prefix: of each image's first tokens, as the callback got them, from which the same seed goes on: ids [n, tokens], or xAR's values
+        [n, slots, C]. Not with a drafter.
         drafter: speculative decoding by a drafter: its name (`decoding.drafters.list_drafters()`), a drafter (`make_drafter`), or a trained
         head or smaller generator, or where to load one from. rule: which drafts are kept: a rule or its name
         (`decoding.accept.list_rules()`); by default "standard", which leaves the law of the images as it is, and "lantern_budget" where eps
@@ -157,6 +158,8 @@ class TokenImagePipeline(DiffusionPipeline):
         choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         sampling = SamplingConfig(**choice)
         if drafter is not None:
+            if prefix is not None:
+                raise ValueError("a prefix is for plain decoding; leave the drafter out")
             draw = self._drafted(sampling, drafter, rule, eps, num_draft_tokens)
         elif any(given is not None for given in (rule, eps, num_draft_tokens)):
             raise ValueError("rule, eps and num_draft_tokens say what becomes of drafts; give a drafter too, such as 'jacobi'")
@@ -205,16 +208,21 @@ class TokenImagePipeline(DiffusionPipeline):
     def _draw(self, sampling: SamplingConfig, flow: dict[str, Any], prefix: Tensor | None, total: int) -> Callable:
         """What draws the tokens of a batch: a function of its rows and the arguments that all generators share."""
         flow = {name: value for name, value in flow.items() if value is not None}
+        if prefix is not None and len(prefix) != total:
+            raise ValueError(f"prefix is of {len(prefix)} images, but {total} are asked for")
         if not makes_values(self.generator):
-            if flow or prefix is not None:
-                raise ValueError(f"{next(iter(flow), 'prefix')} is of generators of values (xAR); this one draws ids")
-            return lambda rows, condition, **options: generate(self.generator, condition, sampling=sampling, **options)
+            if flow:
+                raise ValueError(f"{next(iter(flow))} is of generators of values (xAR); this one draws ids")
+
+            def draw_ids(rows: slice, condition, **options):
+                known = None if prefix is None else prefix[rows].to(self.generator.device)
+                return generate(self.generator, condition, sampling=sampling, prefix=known, **options)
+
+            return draw_ids
         if sampling != SamplingConfig():
             raise ValueError(
                 "temperature, top_k, top_p and min_p choose among ids; this generator draws values: num_steps, solver, guidance_scale"
             )
-        if prefix is not None and len(prefix) != total:
-            raise ValueError(f"prefix is of {len(prefix)} images, but {total} are asked for")
         sampling, codes = FlowSampling(**flow), code_table(self.tokenizer)
 
         def draw(rows: slice, condition, **options):

@@ -50,9 +50,9 @@ class Generate:
     solver: optional(Literal["euler", "euler_maruyama"], "{euler,euler_maruyama}", "default: euler_maruyama") = None
     """Solver of an xAR: with noise in every step (euler_maruyama), or without."""
     prefix: optional(Path, "FILE", "default: none") = None
-    """tokens.safetensors of an earlier call of an xAR for as many images: keep their first entities and draw the rest."""
+    """tokens.safetensors of an earlier call for as many images: keep their first entities and draw the rest."""
     prefix_entities: int = 1
-    """How many entities of --prefix are kept."""
+    """How many entities of --prefix are kept: tokens of a GPT, scales of a VAR, whatever an xAR makes at once."""
     drafter: optional(str, "NAME", "default: plain decoding") = None
     """Draft tokens and verify many in one pass: jacobi, recycling, copy, skip, model, eagle, medusa, chimera; or the folder of a trained
     head or a smaller generator."""
@@ -160,18 +160,17 @@ class Generate:
 
 
 def read_prefix(path: Path, pipe, num_entities: int):
-    """Values [n, slots, C] of the first entities of the tokens in a file, for the pipeline of an xAR.
+    """Ids [n, tokens] of the first tokens or scales in a file, or for an xAR values [n, slots, C] of its first entities.
 
-    Raises ValueError: the file holds no tokens of this pipeline, or its generator is no xAR. OSError: no such file.
+    Raises ValueError: the file holds no tokens of this pipeline, or not so many entities. OSError: no such file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from vistok.decoding import step_sizes
     from vistok.decoding.flow import entity_values, makes_values
     from vistok.tokens import VisualTokens
 
-    if not makes_values(pipe.generator):
-        raise ValueError("--prefix is of an xAR; this generator draws ids")
     try:
         found = load_file(path)
     except SafetensorError as error:
@@ -179,6 +178,11 @@ def read_prefix(path: Path, pipe, num_entities: int):
     kind = "values" if pipe.tokenizer.codebook_size is None else "ids"
     if kind not in found:
         raise ValueError(f"{path} holds {', '.join(sorted(found)) or 'nothing'}, but the tokens of this pipeline are {kind}")
+    if not makes_values(pipe.generator):
+        sizes = step_sizes(pipe.generator, pipe.generator.max_tokens)
+        if not 0 <= num_entities < len(sizes):
+            raise ValueError(f"--prefix-entities {num_entities} but an image is made in {len(sizes)} steps, and one must be left")
+        return found[kind][:, : sum(sizes[:num_entities])]
     layout, counts = pipe.generator.layout, found.get("counts")
     make = VisualTokens.from_values if kind == "values" else VisualTokens.from_ids
     return entity_values(pipe.generator, pipe.tokenizer, make(found[kind], layout, counts), num_entities)

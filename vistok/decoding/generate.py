@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ def generate(
     num_tokens: int | None = None,
     sampling: SamplingConfig | None = None,
     guidance_scale: float | Callable[[int], float] = 1.0,
+    prefix: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[VisualTokens, GenerationStats]:
     """Tokens of B images, one image a generator, or a row of uniforms.
@@ -82,12 +84,14 @@ def generate(
     condition: of the B images (`model.make_condition`). num_tokens: k, all by default; fewer are a prefix of what more would be.
     guidance_scale: s, or a function of the step; a model with a schedule of its own (VAR) rises to a number that is given. The
     unconditional rows are dropped behind the last step with s other than 1.
-    on_step: called with the step and all ids so far, [B, step + 1] where a step is a token, after each step.
+    prefix: [B, n] ids of each image's first tokens, kept as they are; the same generators go on from them as an unbroken run would. Read in
+    one pass where a step is a token, and step by step elsewhere.
+    on_step: called with the step and all ids so far, [B, step + 1] where a step is a token, after each step that is run.
     uniforms: [B, num_tokens or more] on [0, 1), instead of generators: token n is drawn by uniform n (`decoding.sampling.sample`).
     On a CPU the model's linear layers are packed for as long as this takes (`layers.packed`); logits differ by rounding.
     Every generator is advanced by `model.max_tokens` uniforms whatever num_tokens is; image i depends on its own alone.
-    Raises ValueError: num_tokens is out of range or ends inside a step, the model is in training mode, or generators and uniforms are both
-    given or both not.
+    Raises ValueError: num_tokens or the prefix is out of range or ends inside a step, the model is in training mode, or generators and
+    uniforms are both given or both not.
     """
     if hasattr(model, "mask_id"):
         from vistok.decoding.parallel import generate_parallel  # that module builds on this one
@@ -95,6 +99,8 @@ def generate(
         model.step_sizes(model.max_tokens if num_tokens is None else num_tokens)  # a part of an image is refused
         if generators is None:
             raise ValueError("a generator that fills masks draws from generators, not from uniforms")
+        if prefix is not None:
+            raise ValueError("a generator that fills masks has no first tokens: no prefix")
         return generate_parallel(model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale, on_step=on_step)
     if (generators is None) == (uniforms is None):
         raise ValueError("give generators or uniforms, one of both")
@@ -116,14 +122,16 @@ def generate(
     elif uniforms.shape[1] < N:
         raise ValueError(f"uniforms hold {uniforms.shape[1]} draws an image, but {N} tokens are asked for")
     uniforms = uniforms.to(model.device)
-    rows = 2 * B if guided_steps else B
-    cache = model.new_cache(rows, N)
     ids = torch.empty(B, N, dtype=torch.int64, device=model.device)
-    new, start = ids.new_empty(rows, 0), condition.and_null() if guided_steps else condition
-    done = 0
+    known = 0 if prefix is None else _take_prefix(prefix, ids, sizes, model.vocab_size)
+    # a prefix of single tokens is read at once: the first pass is that of the step behind it
+    done = first = known if max(sizes) == 1 else 0
+    rows = 2 * B if guided_steps > first else B
+    cache = model.new_cache(rows, N)
+    new, start = ids[:, :done].repeat(rows // B, 1), condition.and_null() if rows > B else condition
     # packing pays for itself after about ten passes
-    with packed_linears(model, rows * max(sizes)) if len(sizes) >= WORTH_PACKING else nullcontext():
-        for step, (size, scale) in enumerate(zip(sizes, scales)):
+    with packed_linears(model, rows * max(sizes)) if len(sizes) - first >= WORTH_PACKING else nullcontext():
+        for step, size, scale in list(zip(range(len(sizes)), sizes, scales))[first:]:
             if rows > B and step == guided_steps:
                 rows, new = B, new[:B]
                 cache.keep_rows(B)
@@ -132,10 +140,25 @@ def generate(
                 conditional, unconditional = logits.chunk(2)
                 logits = conditional if scale == 1 else unconditional + scale * (conditional - unconditional)
             made = slice(done, done + size)
-            ids[:, made] = draw(logits, sampling, uniforms[:, made])
+            if done >= known:
+                ids[:, made] = draw(logits, sampling, uniforms[:, made])
             new, start, done = ids[:, made].repeat(rows // B, 1), None, done + size
             if on_step is not None:
                 on_step(step, ids[:, :done])
     ids.sum().item()  # wait for the device, so that seconds means something
-    stats = GenerationStats(B, B * N, len(sizes), time.perf_counter() - began)
+    stats = GenerationStats(B, B * (N - known), len(sizes) - first, time.perf_counter() - began)
     return VisualTokens.from_ids(ids, model.layout), stats
+
+
+def _take_prefix(prefix: Tensor, ids: Tensor, sizes: Sequence[int], vocab_size: int) -> int:
+    """Write a prefix [B, n] into ids [B, N]; n. Raises ValueError: it is no prefix of these images."""
+    (B, N), ends = ids.shape, list(accumulate(sizes))
+    if prefix.ndim != 2 or len(prefix) != B or prefix.is_floating_point():
+        raise ValueError(f"the prefix must hold ids [{B}, n], got {prefix.dtype} of shape {tuple(prefix.shape)}")
+    n = prefix.shape[1]
+    if n not in (0, *ends[:-1]):
+        raise ValueError(f"a prefix of {n} tokens ends inside a step, or leaves none to make of {N}; allowed: 0, {str(ends[:-1])[1:-1]}")
+    if n and not 0 <= int(prefix.min()) <= int(prefix.max()) < vocab_size:
+        raise ValueError(f"the prefix holds ids from {int(prefix.min())} to {int(prefix.max())}; allowed: 0 to {vocab_size - 1}")
+    ids[:, :n] = prefix
+    return n

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-_HOMES = ("vistok.tokenizers", "vistok.generators", "vistok.decoding.heads")
+_HOMES = ("vistok.tokenizers", "vistok.generators", "vistok.decoding.heads", "vistok.pruning.learned")
 _CLASSES: dict[str, type] = {}
 _PRESETS: dict[str, Callable] = {}
 BUNDLED = Path(__file__).parent / "models"

@@ -317,17 +317,20 @@ class PrunedLayers:
         is_visual = now.is_visual.gather(1, places) & is_valid
         counts = [self.stages.count(stage, n) for n in self._counts]
         now.kept.append(tuple(min(count, n) for count, n in zip(counts, self._counts)))
-        if now.kept[-1] == (now.kept[-2] if stage else tuple(self._counts)):
+        if not self.method.is_adaptive and now.kept[-1] == (now.kept[-2] if stage else tuple(self._counts)):
             now.dropped.append((number, torch.zeros_like(now.is_visual)))
             return hidden  # all of them stay: the next layers run as they would without us
         rotary = kwargs.get("position_embeddings")
         rotary = None if rotary is None else tuple(gather_tokens(x, places) for x in rotary)
         view = StageView(number, hidden, is_visual, is_valid & ~is_visual, gather_tokens(now.embeddings, places), rotary)
+        view.ordinal = torch.where(is_visual, (now.is_visual.cumsum(dim=1) - 1).gather(1, places), -1)
         view.call = self._read_next(number, layer, hidden, kwargs) if self.method.reads == "next" else now.calls.pop(number, None)
         with torch.no_grad():
             choice = self.method.choose(view, counts)
         left = (is_visual & choice.stays).sum(dim=1).tolist()
-        if left != list(now.kept[-1]):
+        if self.method.is_adaptive:
+            now.kept[-1] = tuple(left)
+        elif left != list(now.kept[-1]):
             raise RuntimeError(f"the method keeps {left} visual tokens of each prompt, asked for {list(now.kept[-1])}")
         local = pack_left(choice.stays & is_visual | is_valid & ~is_visual)
         now.has_filling = len(set((local >= 0).sum(dim=1).tolist())) > 1

@@ -49,6 +49,8 @@ class StageView:
     """cos and sin of each token's position, [B, Q, d], None for models without rotary positions."""
     call: AttentionCall | None = None
     """The attention call that was read: its last Q keys are these tokens'."""
+    ordinal: Tensor | None = None
+    """[B, Q] int64: which of the prompt's own visual tokens each one is, -1 for text."""
 
     @property
     def last(self) -> Tensor:
@@ -88,6 +90,8 @@ class LayerMethod:
     reads: str = ""
     """Whose attention `view.call` is: "before" (the layer before the stage), "next" (the layer to come) or "" (none)."""
     merges: bool = False
+    is_adaptive: bool = False
+    """Decides itself how many stay."""
 
 
 @dataclass(frozen=True, kw_only=True)

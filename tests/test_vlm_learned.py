@@ -1,0 +1,123 @@
+"""Learned pruning: the soft masks of training and the tokens that leave in use are the same thing, and both heads learn."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from vlm_toys import IMAGE, SPECIAL, build
+
+import vistok
+from vistok.pruning.learned import ATP, ATPConfig, DeleteGate, DeleteGateConfig, SoftLayers, budget_loss
+from vistok.testing import assert_matches_mask_oracle
+
+
+def atp():
+    torch.manual_seed(3)
+    pruner = ATP(ATPConfig(layers=(1, 2, 3), grid=4))
+    for stage in pruner.stages:
+        torch.nn.init.normal_(stage.head.weight, std=0.3)
+        torch.nn.init.constant_(stage.head.bias, -0.3)
+    return pruner
+
+
+def gate():
+    torch.manual_seed(3)
+    pruner = DeleteGate(DeleteGateConfig(layers=(1, 2, 3), width=32))
+    for stage in pruner.stages:
+        torch.nn.init.normal_(stage.score.weight, std=0.3)
+        torch.nn.init.zeros_(stage.score.bias)
+    return pruner
+
+
+PRUNERS = pytest.mark.parametrize("make", [atp, gate])
+
+
+@PRUNERS
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_dropping_tokens_gives_the_logits_of_masks_of_zero_and_one(make, name):
+    model, inputs = build(name)
+    pruner = make()
+    with torch.no_grad():
+        with SoftLayers(model, pruner, is_hard=True) as soft:
+            masked = model(**inputs).logits
+        with vistok.prune(model, pruner) as pruned:
+            dropped = model(**inputs).logits
+        plain = model(**inputs).logits
+    last = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+    torch.testing.assert_close(dropped[last], masked[last], atol=2e-4, rtol=2e-4)
+    assert (plain[last] - masked[last]).abs().max() > 1e-2
+    counts = torch.tensor(pruned.stats().num_kept)
+    assert torch.equal(counts, torch.stack([kept.sum(dim=1) for kept in soft.kept]).long())
+    assert len({tuple(row) for row in counts.tolist()}) > 1 and bool((counts[-1] < torch.tensor([32, 16])).all())
+
+
+@PRUNERS
+def test_a_learned_pruner_matches_the_oracle_over_two_turns(make):
+    model, inputs = build("llava")
+    more = torch.tensor([[9, 17, 33, 21], [40, 41, 42, 43]])
+    assert_matches_mask_oracle(model, inputs, make(), second_turn=more, suppress_tokens=SPECIAL)
+
+
+@PRUNERS
+def test_the_loss_reaches_every_parameter_of_the_pruner(make):
+    model, inputs = build("llava")
+    model.requires_grad_(False)
+    pruner = make()
+    with SoftLayers(model, pruner) as soft:
+        logits = model(**inputs).logits
+        terms = budget_loss(soft.kept, soft.num_visual, pruner.settings.layers, target=0.25, floor=0.05)
+    (logits[:, -1].logsumexp(dim=-1).mean() + 0.05 * terms["late"] + 0.2 * terms["budget"]).backward()
+    for name, parameter in pruner.named_parameters():
+        assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
+    if make is atp:  # both thresholds
+        assert all(bool((stage.head.bias.grad != 0).all()) for stage in pruner.stages)
+
+
+def test_the_answers_alone_reach_both_thresholds():
+    model, inputs = build("llava")
+    model.requires_grad_(False)
+    pruner = atp()
+    with SoftLayers(model, pruner):
+        model(**inputs).logits[:, -1].logsumexp(dim=-1).mean().backward()
+    assert all(bool((stage.head.bias.grad != 0).all()) for stage in pruner.stages)
+
+
+def test_the_budget_is_in_tokens_and_a_floor_holds_every_stage_up():
+    kept = [torch.full((2, 10), value) for value in (0.9, 0.3, 0.0)]
+    terms = budget_loss(kept, torch.tensor([10, 10]), (1, 2, 3), target=0.25, floor=0.1)
+    torch.testing.assert_close(terms["budget"], torch.tensor(4.0 - 2.5))
+    torch.testing.assert_close(terms["late"], torch.tensor(0.9 * 1 + 0.3 * 2))
+    torch.testing.assert_close(terms["floor"], torch.tensor(1.0))
+
+
+def test_coarser_grids_score_higher():
+    from vistok.pruning.stages import StageView
+
+    pruner = ATP(ATPConfig(layers=(1,), grid=8))
+    ordinal = torch.arange(64)[None]
+    view = StageView(1, None, None, None, None, None, None, ordinal)
+    score = pruner.stages[0]._spatial(view).view(8, 8)
+    assert score[0, 0] == score[4, 4] == 1 - 3 / 16 and score[2, 0] == score[0, 2] == 0.25
+    assert int((score > 0).sum()) == 16 and score[1, 1] == 0
+
+
+@PRUNERS
+def test_a_pruner_is_saved_and_loaded(make, tmp_path):
+    pruner = make()
+    pruner.save_pretrained(tmp_path)
+    loaded = vistok.load(tmp_path)
+    assert type(loaded) is type(pruner) and loaded.settings == pruner.settings
+    for key, value in pruner.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_bad_shapes_and_uses_are_refused():
+    model, inputs = build("llava")
+    with pytest.raises(ValueError, match="the model has 4"):
+        SoftLayers(model, ATP(ATPConfig()))
+    with pytest.raises(ValueError, match="must rise"):
+        ATPConfig(layers=(2, 1))
+    with SoftLayers(model, atp()), pytest.raises(ValueError, match="without a cache"):
+        model.generate(**inputs, max_new_tokens=2, suppress_tokens=SPECIAL)
+    assert not model._forward_pre_hooks and not model.model.language_model._forward_pre_hooks

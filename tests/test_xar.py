@@ -188,6 +188,26 @@ def test_modulations_are_computed_once_for_each_class_and_time():
     assert calls == [(3, 7)]  # two classes and the null class; six times and that of the context
 
 
+def test_keys_and_values_live_in_one_piece_of_memory_and_are_never_joined():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket == torch.ops.aten.cat:
+                assert all(part.ndim < 4 for part in args[0])  # keys and values are [B, h, T, d]
+            return function(*args, **(kwargs or {}))
+
+    model = build()
+    with torch.no_grad():
+        sampler = Sampler(model, model.make_condition(2, labels=[0, 3]), image_generators(0, 2), None, FlowSampling(num_steps=2), 2.0)
+        keys, values = sampler.cache.keys, sampler.cache.values
+        with Watch():
+            sampler.run(None)
+    assert sampler.cache.keys is keys and sampler.cache.values is values and keys.shape[3] == 16
+    assert sampler.cache.length == 12  # what the last entity leaves is needed by nobody
+    assert keys[:, :, :, :12].abs().sum(-1).min() > 0
+
+
 def test_an_image_does_not_depend_on_its_batch():
     model, sampling = build(), FlowSampling(num_steps=2)
     options = dict(sampling=sampling, guidance_scale=2.0)

@@ -1,4 +1,4 @@
-"""What token reduction costs and saves, measured: one `Measurement` a setting, with a number for every image so that settings can be paired.
+"""What token reduction costs and saves: one `Measurement` a setting, with a number for every image so that settings can be paired.
 
 Vision transformers are matched by multiply-adds: `matched` finds the schedule of a method that comes nearest to a share of the unpruned
 model's. Vision-language models are matched by visual tokens that are left. The lower-resolution baseline sees a smaller picture and does
@@ -8,15 +8,17 @@ nothing else. C classes, n images or questions.
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import vistok
+from vistok.pruning.blocks import parts_of
+from vistok.pruning.cost import ViTCost
 from vistok.pruning.strategies import Strategy, ZeroTPrune, create_strategy
-from vistok.pruning.vit import macs_of
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ def run_lower_resolution(
     """The baseline: the same model on pictures shrunk until its multiply-adds are as near to the share as whole patches allow."""
     grid, patch = model.patch_embed.grid_size[0], model.patch_embed.patch_size[0]
     prefix, depth = model.num_prefix_tokens, len(model.blocks)
-    full = macs_of(model, (grid**2 + prefix,) * (depth + 1), at_block_end=True)
-    ratios = {side: macs_of(model, (side**2 + prefix,) * (depth + 1), at_block_end=True) / full for side in range(1, grid + 1)}
+    cost = ViTCost.of(parts_of(model))
+    macs = {side: cost.macs((side**2 + prefix,) * (depth + 1), at_block_end=True) for side in range(1, grid + 1)}
+    ratios = {side: value / macs[grid] for side, value in macs.items()}
     side = min(ratios, key=lambda side: abs(ratios[side] - macs_ratio))
     small = copy.deepcopy(model)
     small.set_input_size(img_size=side * patch)
@@ -88,31 +91,24 @@ def run_lower_resolution(
 def matched(model: nn.Module, method: str, macs_ratio: float, **options) -> Strategy:
     """The method with the schedule whose multiply-adds come nearest to a share of the unpruned model's, from static counts alone.
 
-    Zero-TPrune's published rates are raised to one power in all its pruning layers; every other method removes tokens evenly.
+    Zero-TPrune's published rates are raised to one power in all its pruning layers; the other methods remove r in each layer, at most half.
     Raises ValueError: the share is out of reach.
     """
-    patches, prefix, depth = model.patch_embed.num_patches, model.num_prefix_tokens, len(model.blocks)
-    full = macs_of(model, (patches + prefix,) * (depth + 1), at_block_end=True)
+    patches, depth, cost = model.patch_embed.num_patches, len(model.blocks), ViTCost.of(parts_of(model))
+    full = cost.macs((patches + cost.num_prefix,) * (depth + 1), at_block_end=True)
 
     def ratio(strategy: Strategy) -> float:
-        counts = [patches + prefix]
+        counts = [patches + cost.num_prefix]
         for removed in strategy.counts(depth, patches):
             counts.append(counts[-1] - removed)
-        return macs_of(model, tuple(counts), at_block_end=strategy.at_block_end) / full
+        return cost.macs(counts, at_block_end=strategy.at_block_end) / full
 
     if method == "zero_tprune":
-        published = {layer: rate for layer, rate in ZeroTPrune(**options).rates_for(depth).items()}
-        found = [
-            ZeroTPrune(rates={layer: rate ** (step / 20) for layer, rate in published.items()}, **options) for step in range(0, 121, 2)
-        ]
+        published = ZeroTPrune(**options).rates_for(depth)
+        powers = [step / 20 for step in range(0, 161, 2)]
+        found = [ZeroTPrune(rates={layer: rate**power for layer, rate in published.items()}, **options) for power in powers]
     else:
-        found = []
-        for keep in range(1, patches + 1):
-            try:
-                found.append(create_strategy(method, keep=keep, **options))
-                found[-1].counts(depth, patches)
-            except ValueError:  # fewer than halving in every layer leaves
-                found = []
+        found = [create_strategy(method, r=r, **options) for r in range(patches // 2 + 1)]
     best = min(found, key=lambda strategy: abs(ratio(strategy) - macs_ratio))
     if abs(ratio(best) - macs_ratio) > 0.03:
         raise ValueError(f"{method} with {options} comes no nearer to {macs_ratio:.2f} of the multiply-adds than {ratio(best):.2f}")
@@ -138,13 +134,18 @@ class Asked:
     answers: Sequence[str]
     kinds: Sequence[str]
 
+    def without_pictures(self) -> "Asked":
+        """The same questions about white pictures."""
+        return replace(self, images=[Image.new("RGB", image.size, "white") for image in self.images])
+
 
 @torch.inference_mode()
 def run_vlm(
     model: nn.Module, asked: Asked, reference: "tuple[Tensor, list[str]] | None", method: str | None, *, batch_size: int = 50, **options
 ) -> tuple[Measurement, tuple[Tensor, list[str]]]:
-    """Answer greedily with a method (None: unpruned) and its options. reference: (first-token logits [n, V], answers) of the unpruned model.
+    """Answer greedily with a method (None: unpruned) and its options.
 
+    reference: (first-token logits [n, V], answers) of the unpruned model; None: this run's own.
     Returns the measurement and this run's own reference. seconds: of a whole answer, prefill included.
     """
     processor, new = model.processor, 1 + max(len(answer.split()) for answer in asked.answers)
@@ -198,3 +199,50 @@ def prefill_macs(config, lengths: Sequence[int]) -> int:
     head = getattr(config, "head_dim", None) or d // config.num_attention_heads
     weights = 2 * d * head * (config.num_attention_heads + config.num_key_value_heads) + 3 * d * hidden
     return sum(n * weights + 2 * n * n * head * config.num_attention_heads for n in lengths)
+
+
+INSIDE = {
+    "fastv": lambda share: {"layer": 2, "keep_ratio": share},
+    "sparsevlm": lambda share: {"layer": 2, "keep_ratio": share},
+    "sparsevlm+": lambda share: {"layer": 2, "keep_ratio": share},
+    "vscan_llm": lambda share: {"layer": 3, "keep_ratio": share},
+    "pyramiddrop": lambda share: {"layers": (2, 3, 4), "keep_ratios": (share ** (1 / 3), share ** (2 / 3), share)},
+}
+"""Methods between the layers of a language model of 6, and their options when `share` of the visual tokens is left at the end."""
+
+
+def scene_questions(model: nn.Module, count: int) -> Asked:
+    """Questions about held-out scenes, as many of each kind, one a scene, in the model's own chat format."""
+    from vistok.data.scenes import KINDS, TEST, question_scene
+    from vistok.image import from_uint8, to_pil
+
+    scenes = [question_scene(number, split=TEST, num_questions=1, kinds=(KINDS[number % len(KINDS)],)) for number in range(count)]
+    questions = [scene.questions[0] for scene in scenes]
+    messages = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}] for question in questions]
+    return Asked(
+        to_pil(from_uint8(torch.stack([scene.image for scene in scenes]))),
+        [model.processor.apply_chat_template(message, add_generation_prompt=True) for message in messages],
+        [question.answer for question in questions],
+        [question.kind for question in questions],
+    )
+
+
+def run_small_picture(model: nn.Module, asked: Asked, reference: tuple[Tensor, list[str]], keep_ratio: float) -> Measurement:
+    """The baseline: pictures shrunk to about that share of the visual tokens, the positions of the (CLIP) tower resized."""
+    small = copy.deepcopy(model)
+    config, embeddings = small.config.vision_config, small.model.vision_tower.embeddings
+    old = config.image_size // config.patch_size
+    side = max(1, round(old * keep_ratio**0.5))
+    table = embeddings.position_embedding.weight
+    grid = table[1:].T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True).flatten(2)[0].T
+    embeddings.position_embedding = nn.Embedding.from_pretrained(torch.cat([table[:1], grid]))
+    embeddings.position_ids = torch.arange(side**2 + 1)[None]
+    embeddings.image_size = config.image_size = side * config.patch_size
+    embeddings.num_patches = small.config.image_seq_length = side**2
+    small.processor = copy.deepcopy(model.processor)
+    small.processor.image_processor.size = {"height": embeddings.image_size, "width": embeddings.image_size}
+    measured, _ = run_vlm(small, asked, reference, None)
+    whole = prefill_macs(model.config.text_config, prompt_lengths(model, model.config.image_seq_length + 6, None))
+    part = prefill_macs(model.config.text_config, prompt_lengths(model, side**2 + 6, None))
+    return replace(measured, macs_ratio=part / whole)

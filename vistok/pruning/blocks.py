@@ -31,6 +31,8 @@ class BlockParts:
     branch: nn.Module
     """Its output is (up to `finish`) what the feed-forward branch adds."""
     mlp: nn.Module
+    width: int
+    """H d."""
     scale: float
     mask: str
     """The keyword (or second argument) under which the attention takes an additive mask."""
@@ -104,8 +106,9 @@ def _timm_parts(model: nn.Module) -> ViTParts:
             raise ValueError(f"the attention of block {index}, {type(attention).__name__}, has no {' and '.join(missing)} to read from")
         blocks.append(
             BlockParts(
-                block, attention, attention.q_norm, attention.k_norm, block.norm2, block.drop_path2, block.mlp, attention.scale,
-                mask="attn_mask", rope="rope", map_input=attention.attn_drop, rotate=_timm_rotation(attention),
+                block, attention, attention.q_norm, attention.k_norm, block.norm2, block.drop_path2, block.mlp,
+                width=attention.proj.in_features, scale=attention.scale, mask="attn_mask", rope="rope", map_input=attention.attn_drop,
+                rotate=_timm_rotation(attention),
             )
         )  # fmt: skip
     return ViTParts(blocks, model.num_prefix_tokens, model.patch_embed, [model.head])
@@ -152,7 +155,7 @@ def _transformers_parts(model: nn.Module) -> ViTParts:
         scale = attention.scale if hasattr(attention, "scale") else attention.scaling
         blocks.append(
             BlockParts(
-                block, *parts, block.mlp, block.mlp, scale, "attention_mask", finish=finish,
+                block, *parts, block.mlp, block.mlp, attention.q_proj.out_features, scale, "attention_mask", finish=finish,
                 rope="position_embeddings", rotate=_turn,
             )
         )  # fmt: skip

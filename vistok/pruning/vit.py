@@ -19,29 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vistok.pruning.blocks import BlockParts, ViTParts, check_mask, parts_of, weights
+from vistok.pruning.blocks import BlockParts, ViTParts, check_mask, parts_of
+from vistok.pruning.cost import ViTCost, ViTReport
 from vistok.pruning.plan import ReductionPlan, gather_rows
 from vistok.pruning.strategies import Strategy, create_strategy, log_size
 
 _MARK = "_vistok_pruning"
-
-
-@dataclass(frozen=True)
-class ViTReport:
-    """What the last forward did."""
-
-    num_tokens: tuple[int, ...]
-    """Tokens entering each layer, prefix included, and leaving the last."""
-    macs: int
-    """Multiply-adds of one image: stem, blocks at their true token counts, head. Matching and folding are not counted."""
-    full_macs: int
-    """The same without reduction."""
-    overhead_share: float | None
-    """Share of the forward's wall-clock spent on planning and folding; None unless attached with timed=True."""
-
-    @property
-    def macs_ratio(self) -> float:
-        return self.macs / self.full_macs
 
 
 @dataclass(frozen=True)
@@ -132,9 +115,9 @@ class PrunedViT:
     def plan(self) -> ReductionPlan:
         """The reduction from the first layer's tokens to the last one's output, of the last forward."""
         self._require_forward()
-        return self._plan_of(len(self._views))
+        return self.plan_of(len(self._views))
 
-    def _plan_of(self, num_layers: int) -> ReductionPlan:
+    def plan_of(self, num_layers: int) -> ReductionPlan:
         """The reduction by the first layers of the last forward."""
         plans = [view.plan for view in self._views[:num_layers] if view.plan is not None]
         if not plans:
@@ -167,8 +150,8 @@ class PrunedViT:
         counts = (*[view.entry.num_tokens for view in self._views], self._last.num_tokens)
         full = (counts[0],) * len(counts)
         share = self._seconds / self._total if self.timed else None
-        macs = macs_of(self.model, counts, at_block_end=self.strategy.at_block_end)
-        return ViTReport(counts, macs, macs_of(self.model, full, at_block_end=True), share)
+        cost = ViTCost.of(self.parts)
+        return ViTReport(counts, cost.macs(counts, at_block_end=self.strategy.at_block_end), cost.macs(full, at_block_end=True), share)
 
     def _require_forward(self) -> None:
         if self._last is None:
@@ -307,7 +290,7 @@ class PrunedViT:
         output.last_hidden_state = self.plan.restore(output.last_hidden_state)
         if output.hidden_states is not None:
             states = enumerate(output.hidden_states)
-            output.hidden_states = tuple(None if x is None else self._plan_of(layer).restore(x) for layer, x in states)
+            output.hidden_states = tuple(None if x is None else self.plan_of(layer).restore(x) for layer, x in states)
         return output
 
     def _whole(self, x: Tensor) -> Tensor:
@@ -356,18 +339,3 @@ def _rope_rows(rope: Tensor, position: Tensor) -> Tensor:
         return rope[:, position].transpose(0, 1)
     B = position.shape[0]
     return gather_rows(rope.expand(B, -1, -1), position)[:, None]
-
-
-def macs_of(model: nn.Module, counts: tuple[int, ...], *, at_block_end: bool) -> int:
-    """Multiply-adds of one image with counts[l] tokens in layer l's attention; its feed-forward sees them reduced unless at_block_end."""
-    parts = parts_of(model)
-    total = weights(parts.stem, nn.Conv2d) * (counts[0] - parts.num_prefix)
-    for part, before, after in zip(parts.blocks, counts, counts[1:]):
-        width = (
-            part.attention.head_dim * part.attention.num_heads
-            if hasattr(part.attention, "num_heads")
-            else part.attention.o_proj.in_features
-        )
-        total += weights(part.attention) * before + 2 * width * before**2
-        total += weights(part.mlp) * (before if at_block_end else after)
-    return total + sum(weights(head) for head in parts.heads)

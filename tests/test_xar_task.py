@@ -127,6 +127,26 @@ def test_conditions_are_dropped_and_dropout_keeps_the_mean(folders):
     assert keep.shape == (2, 2, 400, 1, 32) and keep.mean().item() == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["noisy", "clean"])
+def test_the_loss_compiles_in_one_piece(folders, context):
+    task, tokens = task_of(folders, context=context, dropout=0.1)
+    slots, condition, drawn = task.prepare(read_batch(tokens, range(4)), image_generators(0, 4))
+    compiled = torch.compile(task.model.denoising_loss, backend="eager", fullgraph=True)
+    expected = task.model.denoising_loss(slots, condition, context=context, **drawn)
+    torch.testing.assert_close(compiled(slots, condition, context=context, **drawn), expected)
+
+
+def test_tokens_that_lie_in_scales_are_made_scale_by_scale(photos, tmp_path):
+    vistok.create("var-vqvae-tiny").save_pretrained(tmp_path / "tokenizer")
+    run = train_generator("xar-tiny", out=tmp_path / "run", tokenizer=str(tmp_path / "tokenizer"), data=str(photos), **QUICK)
+    pipe = vistok.load(run)
+    sides = pipe.tokenizer.layout.shape
+    assert pipe.generator.order.lengths == tuple(h * w for h, w in sides)
+    out = pipe(labels=["cats"], num_steps=2, seed=0)
+    assert out.tokens.ids.shape == (1, sum(h * w for h, w in sides))
+
+
 @pytest.mark.parametrize("kind, order, context", [("vae", "cell-2", "clean"), ("vae", "scale", None), ("fsq2d", "subsample-2", None)])
 def test_a_recipe_trains_any_order_from_a_token_folder(folders, tmp_path, kind, order, context):
     tokenizer, tokens = folders(kind)

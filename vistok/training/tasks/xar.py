@@ -65,14 +65,12 @@ class XARTask(GeneratorTask):
         values = batch.values if batch.ids is None else self.codes.to(batch.ids.device)[batch.ids]
         return self.model.order.pack(self.model.normalise(values.float()))
 
-    @torch.compiler.disable
     def draw(self, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Noise [B, S, C] and times [B, E] of a batch."""
         order, device = self.model.order, self.model.device
         times = rng.randn((order.num_entities,), generators, device=device).sigmoid()
         return rng.randn((order.num_slots, self.model.code_dim), generators, device=device), times
 
-    @torch.compiler.disable
     def thin(self, condition: Condition, generators: Sequence[torch.Generator]) -> tuple[Condition, Tensor | None]:
         """The condition without what is dropped, and dropout factors [L, 2, B, 1, D]."""
         config, model, device = self.config, self.model, self.model.device
@@ -85,12 +83,17 @@ class XARTask(GeneratorTask):
         keep = rng.rand((len(model.blocks), 2, 1, model.settings.width), generators, device=device) >= config.dropout
         return condition, keep.movedim(0, 2) / (1 - config.dropout)
 
-    def forward(self, batch: TokenBatch, generators: Sequence[torch.Generator], step: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the velocity."""
+    @torch.compiler.disable
+    def prepare(self, batch: TokenBatch, generators: Sequence[torch.Generator]) -> tuple[Tensor, Condition, dict[str, Tensor | None]]:
+        """Clean slots, a thinned condition, and what is drawn: all that is not the network."""
         condition, keep = self.thin(self.condition(batch), generators)
         noise, times = self.draw(generators)
-        how = dict(noise=noise, times=times, context=self.config.context, keep=keep)
-        return self.model.denoising_loss(self.slots(batch), condition, **how).mean(), {}
+        return self.slots(batch), condition, dict(noise=noise, times=times, keep=keep)
+
+    def forward(self, batch: TokenBatch, generators: Sequence[torch.Generator], step: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the velocity."""
+        slots, condition, drawn = self.prepare(batch, generators)
+        return self.model.denoising_loss(slots, condition, context=self.config.context, **drawn).mean(), {}
 
     @torch.no_grad()
     def held_out_loss(self, batch_size: int = 64, *, context: str | None = None) -> float:

@@ -121,3 +121,38 @@ def test_bad_shapes_and_uses_are_refused():
     with SoftLayers(model, atp()), pytest.raises(ValueError, match="without a cache"):
         model.generate(**inputs, max_new_tokens=2, suppress_tokens=SPECIAL)
     assert not model._forward_pre_hooks and not model.model.language_model._forward_pre_hooks
+
+
+@pytest.fixture(scope="module")
+def scene_model(tmp_path_factory):
+    """A run of `vistok train vlm`, two steps long."""
+    from vistok.training.recipes.vision import train_vlm
+
+    folder = tmp_path_factory.mktemp("vlm") / "run"
+    return train_vlm("vlm-tiny", out=folder, max_steps=2, batch_size=2, preview_every=0, progress=False)
+
+
+@pytest.mark.parametrize("recipe", ["atp-tiny", "delete-gate-tiny"])
+def test_a_pruner_recipe_trains_towards_its_budget_and_gives_a_pruner_that_works(scene_model, recipe, tmp_path):
+    import json
+
+    from vistok.training.recipes.pruner import train_pruner
+
+    short = {"max_steps": 12, "batch_size": 2, "preview_every": 12, "log_every": 1, "progress": False, "learning_rate": 0.05}
+    folder = train_pruner(recipe, out=tmp_path / "run", target=str(scene_model), **short)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line["kept_0"] for line in lines if "kept_0" in line]
+    assert abs(kept[-1] - 0.25) < abs(kept[0] - 0.25)
+    assert any("held_out_pruned" in line for line in lines)
+    model = vistok.load(scene_model)
+    image = model.processor(text="<image> what", images=[torch.zeros(64, 64, 3).numpy()], return_tensors="pt")
+    with vistok.prune(model, vistok.load(folder)) as pruned:
+        model.generate(**image, max_new_tokens=2)
+    assert pruned.stats().tokens_per_layer[1] <= pruned.stats().tokens_per_layer[0]
+
+
+def test_a_model_that_answers_no_scene_questions_is_no_target(tmp_path):
+    from vistok.training.recipes.pruner import train_pruner
+
+    with pytest.raises(ValueError, match="no model of `vistok train vlm`"):
+        train_pruner("atp-tiny", out=tmp_path / "run", target="vistok/emoji-fsq2d")

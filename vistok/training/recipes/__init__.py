@@ -52,7 +52,7 @@ class Sources:
     teacher: str | None = None
     """A classifier to learn from."""
     target: Any = None
-    """The pipeline a drafter is trained for, and its name."""
+    """What a drafter or pruner is trained for, its name, and, of a pruner, the share of tokens to keep."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Recipe:
     tokens.
     """
 
-    kind: Literal["tokenizer", "generator", "classifier", "vlm", "teacher", "drafter"]
+    kind: Literal["tokenizer", "generator", "classifier", "vlm", "teacher", "drafter", "pruner"]
     train: TrainConfig
     build: Callable[[Sources], TrainingTask]
     num_tokens: int | None = None
@@ -422,4 +422,4 @@ def _started(sources: Sources) -> torch.nn.Module:
 
 
 # each file registers its recipes; they use what is above, so they come last
-from vistok.training.recipes import drafter, gpt, lavit, orders, seed, teacher, titok, tokenflow, var, vision, vqgan, xar  # noqa: E402, F401
+from vistok.training.recipes import drafter, gpt, lavit, orders, pruner, seed, teacher, titok, tokenflow, var, vision, vqgan, xar  # noqa: E402, F401

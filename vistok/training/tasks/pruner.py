@@ -1,0 +1,98 @@
+"""Train a learned pruner on a frozen vision-language model, on question scenes: answers stay right while few visual tokens stay.
+
+    loss = CE(answers of the softly pruned model) + a sum_l N_l / N l + b |mean_l N_l - N_target| + c sum_l max(0, floor N - N_l)
+
+ATP-LLaVA (Ye et al. 2024, arXiv 2412.00447) has a = 0.05 and b = 0.2 and no floor: its budget can be met by emptying the last stages. The
+language model is frozen. B pictures, L tokens of a sequence, N visual tokens, N_l what stage l leaves.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from vistok.data.scenes import TEST, question_scene
+from vistok.pruning.learned import LearnedPruner, SoftLayers, budget_loss
+from vistok.training.config import TrainConfig
+from vistok.training.task import TrainingTask
+from vistok.training.tasks.vlm import QuestionBatch, VLMTask, VLMTaskConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunerTaskConfig:
+    """The budget and its weights."""
+
+    target: float = 0.25
+    """Mean share of the visual tokens that the stages leave."""
+    floor: float = 0.05
+    """Share that every stage leaves at least."""
+    late_weight: float = 0.05
+    budget_weight: float = 0.2
+    floor_weight: float = 0.2
+
+    def __post_init__(self):
+        if not 0 <= self.floor <= self.target <= 1 or self.target == 0:
+            raise ValueError(f"floor={self.floor}, target={self.target} but 0 <= floor <= target <= 1 and target is not 0")
+        if min(self.late_weight, self.budget_weight, self.floor_weight) < 0:
+            raise ValueError("weights of the budget must not be negative")
+
+
+class PrunerTask(TrainingTask):
+    """Train `model`, a pruner, for the vision-language model `target` (with its `processor`), which stays as it is."""
+
+    def __init__(self, model: LearnedPruner, target: nn.Module, config: PrunerTaskConfig, *, target_name: str):
+        super().__init__()
+        self.model, self.config, self.target_name = model, config, target_name
+        self.scenes = VLMTask(target, target.processor, VLMTaskConfig()).requires_grad_(False).eval()
+
+    def describe(self) -> dict:
+        return {**super().describe(), "target": self.target_name}
+
+    def on_start(self, dataset) -> None:
+        self.scenes.dataset = dataset
+
+    def make_loader(self, config: TrainConfig, start: int, rank: int, world_size: int):
+        """Batches of scenes, as a vision-language model is trained on."""
+        return self.scenes.make_loader(config, start, rank, world_size)
+
+    def forward(self, batch: QuestionBatch, generators, step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro batch; logs the share of tokens that each stage leaves, by the soft count. No random draws."""
+        with SoftLayers(self.scenes.model, self.model) as soft:
+            logits = self._logits(batch)
+        target = batch.targets[:, 1:]
+        is_asked = target >= 0
+        answers = F.cross_entropy(logits[is_asked], target[is_asked])
+        terms = budget_loss(soft.kept, soft.num_visual, self.model.settings.layers, target=self.config.target, floor=self.config.floor)
+        config = self.config
+        loss = answers + config.late_weight * terms["late"] + config.budget_weight * terms["budget"] + config.floor_weight * terms["floor"]
+        logs = {f"kept_{number}": (kept.sum(dim=1) / soft.num_visual).mean() for number, kept in enumerate(soft.kept)}
+        logs |= {"answer_loss": answers, "answers": (logits[is_asked].argmax(dim=-1) == target[is_asked]).float().mean()}
+        return loss, {name: value.detach() for name, value in logs.items()}
+
+    def _logits(self, batch: QuestionBatch) -> Tensor:
+        """[B, L-1, V]: of every token but the last, for the one after it."""
+        is_token = (batch.ids != self.scenes.processor.tokenizer.pad_token_id).long()
+        return self.scenes.model(input_ids=batch.ids, attention_mask=is_token, pixel_values=batch.images, use_cache=False).logits[:, :-1]
+
+    @torch.no_grad()
+    def preview(self, step: int) -> dict[str, Image.Image | float]:
+        """Held-out answers (every word right), with tokens dropped for good and without pruning, and the share each stage leaves."""
+        from vistok.pruning import prune
+
+        device = next(self.model.parameters()).device
+        batch = self.scenes.batch([question_scene(number, split=TEST) for number in range(32)]).to(device)
+        figures = {"held_out_unpruned": self._right(batch)}
+        with prune(self.scenes.model, self.model) as pruned:
+            figures["held_out_pruned"] = self._right(batch)
+        report = pruned.stats()
+        for number, kept in enumerate(report.num_kept):
+            figures[f"held_out_kept_{number}"] = sum(kept) / sum(report.num_visual)
+        return figures
+
+    def _right(self, batch: QuestionBatch) -> float:
+        """The share of answer words that are right."""
+        target = batch.targets[:, 1:]
+        is_asked = target >= 0
+        return float((self._logits(batch)[is_asked].argmax(dim=-1) == target[is_asked]).float().mean())

@@ -34,7 +34,6 @@ COMMANDS = {
     "train classifier": Command("train_vision", "TrainClassifier", "images in classes -> a classifier of timm"),
     "train vlm": Command("train_vision", "TrainVLM", "rendered scenes and questions -> a small LLaVA"),
     "train pruner": Command("train_pruner", "TrainPruner", "a vision-language model -> what to drop inside it"),
-    "train pruner": Command("train_pruner", "TrainPruner", "a vision-language model -> what to drop inside it"),
     "train teacher": Command("train_teacher", "TrainTeacher", "classes and captions -> a vision tower that teaches tokenizers"),
     "tokenize": Command("tokenize", "Tokenize", "images -> a folder of tokens"),
     "reconstruct": Command("reconstruct", "Reconstruct", "a strip of images at several token counts"),

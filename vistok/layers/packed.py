@@ -109,6 +109,7 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore", UserWarning)  # torch moves quantized tensors to another package
             quantized = torch.quantize_per_channel(padded, scale.double(), torch.zeros(len(scale), dtype=torch.int64), 0, torch.qint8)
         self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self._ends = F.pad(torch.tensor([[-_DIGIT - 1.0, float(_DIGIT)]]), (self.in_features, 0))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., I] float32, returns [..., O]; no gradient."""
@@ -116,8 +117,7 @@ class Int8Linear(nn.Module):
         B = len(rows)
         largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).clamp_min(1e-30)
         rows = rows * (_DIGIT / largest)
-        digits = rows.new_empty(2 * B, self.in_features + 2)
-        digits[:, -2], digits[:, -1] = -_DIGIT - 1, _DIGIT
+        digits = self._ends.expand(2 * B, -1).clone()
         high = torch.round(rows, out=digits[:B, :-2])
         torch.sub(rows, high, out=digits[B:, :-2]).mul_(2 * _DIGIT).round_()
         # 7 bits: 8 would overflow the 16-bit sums of processors without VNNI

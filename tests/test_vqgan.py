@@ -120,11 +120,16 @@ def wrapped(state, kind):
     }[kind]
 
 
+@pytest.mark.parametrize("reads", ["classes", "captions"])
 @pytest.mark.parametrize("kind", ["flat (FSDP)", "DDP", "DeepSpeed", "averaged", "compiled", "FSDP units"])
-def test_every_published_wrapping_is_unwrapped(gpt, kind, tmp_path):
-    torch.save(wrapped(official_state(gpt), kind), tmp_path / "c2i.pt")
-    again = from_official(tmp_path / "c2i.pt", num_heads=4, layout_shape=(4, 4))
-    assert isinstance(again, GPT) and again.settings.num_classes == 3 and not again.training
+def test_every_published_wrapping_is_unwrapped(gpt, kind, reads, tmp_path):
+    if reads == "captions":
+        text = dict(num_classes=0, text="some/t5", caption_tokens=6, caption_width=12, caption_padding="hidden")
+        gpt = make("gpt-tiny", **{**TINY_GPT, **text})
+    torch.save(wrapped(official_state(gpt), kind), tmp_path / "model.pt")
+    again = from_official(tmp_path / "model.pt", num_heads=4, layout_shape=(4, 4))
+    assert isinstance(again, GPT) and not again.training
+    assert again.settings.num_classes == gpt.settings.num_classes and again.settings.caption_padding == gpt.settings.caption_padding
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in gpt.state_dict().items())
 
 

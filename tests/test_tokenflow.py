@@ -15,8 +15,9 @@ from vistok.tokenizers.tokenflow import CLIP_MEAN, CLIP_STD, TokenFlow
 from vistok.tokenizers.tokenflow_nets import SemanticEncoderConfig, build_semantic_encoder
 from vistok.tokens import VisualTokens
 from vistok.training.recipes import Sources, get_recipe
+from vistok.training.tasks.semantic_losses import match_teacher
+from vistok.training.tasks.teacher import VisionTeacher
 from vistok.training.tasks.tokenflow import TokenFlowTask, TokenFlowTaskConfig
-from vistok.training.tasks.tokenflow_teacher import TokenTeacher, match_teacher
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +313,7 @@ def test_a_transformers_tower_teaches_and_starts_the_encoder(tmp_path):
     task = TokenFlowTask(vistok.create("tokenflow-tiny"), config).train()
     loss, logs = task(batch_of(2), None, 0)
     assert loss.isfinite() and not any(parameter.requires_grad for parameter in task.teacher.parameters())
-    same = TokenTeacher(str(tmp_path), layer=-2)(batch_of(2).images)
+    same = VisionTeacher(str(tmp_path), reads="patches", layer=-2)(batch_of(2).images)
     torch.testing.assert_close(task.model.semantic_tokens(batch_of(2).images), same, atol=1e-4, rtol=1e-4)
 
 

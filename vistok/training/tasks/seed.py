@@ -23,7 +23,7 @@ from vistok.tokenizers.seed import SEED, SEEDLossWeights, SEEDTextConfig
 from vistok.training.task import TrainingTask
 from vistok.training.tasks.contrast import contrastive_loss
 from vistok.training.tasks.previews import histogram, preview_images
-from vistok.training.tasks.teacher import ImageTeacher
+from vistok.training.tasks.teacher import VisionTeacher
 
 MIN_TEMPERATURE = 0.01
 
@@ -49,7 +49,11 @@ class SEEDTaskConfig:
     text_dim: int = 128
     """Width in which images and captions are compared."""
     teacher: str | None = None
-    """Frozen image model whose embedding the generation embedding should equal (ImageTeacher); None: no such loss."""
+    """Frozen image model whose embedding the generation embedding should equal (teacher.py); None: no such loss."""
+    teacher_mean: tuple[float, float, float] | None = None
+    """Mean of the teacher's input, on a scale of 0 to 1; None: what its files say."""
+    teacher_std: tuple[float, float, float] | None = None
+    """As `teacher_mean`, the deviation."""
     weights: SEEDLossWeights = field(default_factory=SEEDLossWeights)
 
     def __post_init__(self):
@@ -92,7 +96,9 @@ class SEEDTask(TrainingTask):
         self.codebook_size = model.codebook_size
         if config.frozen_vision:
             model.vision.requires_grad_(False)
-        self.teacher = None if config.teacher is None else ImageTeacher(config.teacher)
+        self.teacher = None
+        if config.teacher is not None:
+            self.teacher = VisionTeacher(config.teacher, reads="image", mean=config.teacher_mean, std=config.teacher_std)
         if self.teacher is not None and self.teacher.width != model.settings.embedding_dim:
             raise ValueError(
                 f"the teacher {config.teacher!r} makes embeddings of width {self.teacher.width}, the model of "

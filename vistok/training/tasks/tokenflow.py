@@ -28,7 +28,8 @@ from vistok.tokenizers.tokenflow import TokenFlow
 from vistok.training.task import TrainingTask
 from vistok.training.tasks.image_losses import ImageLossConfig, ImageLosses
 from vistok.training.tasks.previews import histogram, preview_images
-from vistok.training.tasks.tokenflow_teacher import TokenTeacher, WordHead, match_teacher
+from vistok.training.tasks.semantic_losses import CaptionHead, WordHead, match_teacher
+from vistok.training.tasks.teacher import VisionTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,19 @@ class TokenFlowTaskConfig(ImageLossConfig):
     semantic: Literal["teacher", "captions", "classes", "none"] = "captions"
     """What the semantic half learns from."""
     teacher: str | None = None
-    """semantic="teacher": a timm model, or a folder or hub id of a transformers model with a vision tower."""
+    """semantic="teacher": a timm model, a VisionTower of ours, or a folder or hub id of a transformers model with a vision tower."""
     teacher_layer: int | None = None
     """Which hidden state of a transformers teacher; None: the last, normalised and projected. TokenFlow-XL takes -2 of SigLIP."""
+    teacher_mean: tuple[float, float, float] | None = None
+    """Mean of the teacher's input, on a scale of 0 to 1; None: what its files say."""
+    teacher_std: tuple[float, float, float] | None = None
+    """As `teacher_mean`, the deviation."""
     start_from_teacher: bool = False
     """Start the semantic encoder from the teacher's weights; it must be of the same kind and shape."""
+    captions: str = "words"
+    """semantic="captions": "words" guesses their words; hash, minilm or a text model (vistok.metrics.captions) finds the caption."""
     buckets: int = 512
-    """semantic="captions": rows that words are hashed into; "classes": at least the number of classes."""
+    """Rows that the words of captions are hashed into; semantic="classes": at least the number of classes."""
     semantic_steps: int = 0
     """Steps in which the semantic half learns alone, unquantized; for one that starts from nothing."""
     semantic_weight: float = 1.0
@@ -76,10 +83,14 @@ class TokenFlowTask(TrainingTask):
         if config.freeze_all_but_decoder:
             model.requires_grad_(False)
             model.pixel_decoder.requires_grad_(True)
-        elif config.semantic in ("captions", "classes"):
+        elif config.semantic == "classes" or (config.semantic == "captions" and config.captions == "words"):
             self.words = WordHead(model.settings.teacher_width, buckets=config.buckets)
+        elif config.semantic == "captions":
+            self.caption_head = CaptionHead(model.settings.teacher_width, reader=config.captions)
         if config.teacher is not None:
-            self.teacher = TokenTeacher(config.teacher, layer=config.teacher_layer)
+            self.teacher = VisionTeacher(
+                config.teacher, reads="patches", layer=config.teacher_layer, mean=config.teacher_mean, std=config.teacher_std
+            )
             if self.teacher.width != model.settings.teacher_width:
                 raise ValueError(f"{config.teacher} has tokens of width {self.teacher.width}: set teacher_width={self.teacher.width}")
             if config.start_from_teacher:
@@ -118,6 +129,8 @@ class TokenFlowTask(TrainingTask):
         """The semantic loss by name, nothing where there is none."""
         if self.config.semantic == "teacher":
             return {"semantic": match_teacher(semantic, self.teacher(batch.images))}
+        if self.config.semantic == "captions" and self.config.captions != "words":
+            return {"semantic": self.caption_head(semantic, self._texts(batch))}
         if self.config.semantic == "captions":
             return {"semantic": self.words(semantic, self.words.caption_targets(self._texts(batch)))}
         if self.config.semantic == "classes":

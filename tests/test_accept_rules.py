@@ -11,7 +11,6 @@ from vistok.decoding.accept import (
     code_clusters,
     decide,
     decide_rows,
-    lantern,
     list_rules,
     make_rule,
     neighbour_table,
@@ -21,6 +20,7 @@ from vistok.decoding.accept import (
     walk_chain,
     walk_tree,
 )
+from vistok.decoding.accept.lantern import aggregation
 from vistok.decoding.trees import TreeTemplate
 from vistok.decoding.zipar import zipar_passes
 from vistok.quantizers import FSQ, FSQConfig
@@ -190,7 +190,7 @@ def test_rules_are_made_by_name_and_say_what_is_wrong():
 def test_rules_refuse_what_they_cannot_judge():
     p, one = random_laws(1)[0], torch.tensor([2])
     with pytest.raises(ValueError, match="delta"):
-        list(lantern(Position(p, one), neighbours=neighbour_table(torch.eye(V), 3), k=3, delta=None))
+        list(aggregation(Position(p, one), neighbours=neighbour_table(torch.eye(V), 3), k=3))
     with pytest.raises(ValueError, match="draft law q"):
         list(verify(Position(p, one, None, "with_replacement")))
     with pytest.raises(ValueError, match="independent draws"):

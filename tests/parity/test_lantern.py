@@ -5,8 +5,8 @@ import re
 import torch
 
 from vistok.decoding import SamplingConfig, warp
-from vistok.decoding.accept import Position, accepts_greedily, lantern, neighbour_table, verify, walk_tree
-from vistok.decoding.accept.lantern import aggregated
+from vistok.decoding.accept import Position, accepts_greedily, neighbour_table, verify, walk_tree
+from vistok.decoding.accept.lantern import aggregated, aggregation
 from vistok.decoding.drafter_loss import drafter_loss
 from vistok.decoding.drafting import best_nodes_tree
 from vistok.decoding.trees import TreeTemplate, ancestor_mask, leaf_paths
@@ -63,7 +63,7 @@ def _aggregation(golden, group):
     for token, k, delta in zip(io["in.token"].tolist(), io["in.k"].tolist(), io["in.delta"].tolist()):
         near, x = _neighbours(golden), torch.tensor([token])
         counts.append(int(aggregated(p, x[0], near[token, :k].long(), **_bound(delta)).sum()))
-        first, last = lantern(Position(p, x), neighbours=near, k=k, residual="reference", **_bound(delta))
+        first, last = aggregation(Position(p, x), neighbours=near, k=k, residual="reference", **_bound(delta))
         ratios.append(min(1.0, float(first.ratio)))
         residuals.append(last.law)
     results = {
@@ -97,7 +97,7 @@ def _dynamic(golden, group):
         if options["lantern"] is None:
             return verify(at)
         k, bound = options["lantern"]["k"], _bound(options["lantern"]["delta"])
-        return lantern(at, neighbours=_neighbours(golden), k=k, residual="reference", **bound)
+        return aggregation(at, neighbours=_neighbours(golden), k=k, residual="reference", **bound)
 
     _compare(golden, group, _walk(golden, group, io["in.node_parents"].tolist(), tokens, io["in.retrieve_indices"], rule))
 
@@ -134,7 +134,7 @@ def _static(golden, group):
         if options["lantern"] is None:
             return verify(at)
         k, bound = options["lantern"]["k"], _bound(options["lantern"]["delta"])
-        return lantern(at, neighbours=_neighbours(golden), k=k, residual="reference", chances=chances[nodes], **bound)
+        return aggregation(at, neighbours=_neighbours(golden), k=k, residual="reference", chances=chances[nodes], **bound)
 
     results = _walk(golden, group, template.parents, listed, paths, rule)
     is_node = paths >= 0

@@ -48,8 +48,7 @@ class TrainDrafter:
         folder = train_drafter(
             self.recipe, out=self.out, target=self.target, tokens=self.tokens, resume=self.resume, **self.training.overrides()
         )
-        name = self.recipe.partition("-")[0]
-        use = (
-            f"--rule judge --head {shlex.quote(str(folder))}" if name == "judge" else f"--drafter {name} --head {shlex.quote(str(folder))}"
-        )
+        run = shlex.quote(str(folder))
+        is_judge = self.recipe.startswith("judge")
+        use = f"--drafter jacobi --rule judge --rule-options head={run}" if is_judge else f"--drafter {run}"
         return report_run(folder, f"vistok generate --model {shlex.quote(self.target)} {use} --num-images 16 --out samples")

@@ -41,16 +41,31 @@ def aggregated(p: Tensor, tokens: Tensor, near: Tensor, *, delta: float | None =
 
 @accept_rule("lantern", paper="2410.03355")
 def lantern(
+    at: Position, *, neighbours: Neighbours, k: int = 1000, delta: float = 0.1, residual: Residual = "corrected"
+) -> Iterator[Trial]:
+    """LANTERN: a token takes at most delta from its neighbours. Lossy, and delta does not bound by how much: see `lantern_budget`."""
+    return aggregation(at, neighbours=neighbours, k=k, delta=delta, residual=residual)
+
+
+@accept_rule("lantern++", paper="2502.06352")
+def lantern_plus(
+    at: Position, *, neighbours: Neighbours, k: int = 1000, multiple: float = 2.0, residual: Residual = "corrected"
+) -> Iterator[Trial]:
+    """LANTERN++: a token takes at most multiple - 1 times its own probability from its neighbours. Lossy, without a bound."""
+    return aggregation(at, neighbours=neighbours, k=k, multiple=multiple, residual=residual)
+
+
+def aggregation(
     at: Position,
     *,
     neighbours: Neighbours,
-    k: int = 1000,
-    delta: float | None = 0.1,
+    k: int,
+    delta: float | None = None,
     multiple: float | None = None,
     residual: Residual = "corrected",
     chances: Tensor | None = None,
 ) -> Iterator[Trial]:
-    """LANTERN (delta) and LANTERN++ (multiple) at one position; lossy, and by how much nothing here bounds: see `lantern_budget`.
+    """LANTERN (delta) or LANTERN++ (multiple) at one position.
 
     residual: "corrected" draws from norm([p^x - q]+) after a rejection. "reference" does as the published code does where m > 0: of
     candidates that were not drawn the k + 1 nearest lose their mass, of drawn ones the draft loses its mass there; and an empty residual
@@ -83,14 +98,6 @@ def _reference_residual(r: Tensor, x: Tensor, wide: Tensor, has_neighbours: Tens
         rest = r.scatter(-1, wide, torch.where(has_neighbours, 0.0, r.gather(-1, wide))).scatter(-1, x.clamp(min=0)[..., None], 0.0)
     total = rest.sum(-1, keepdim=True)
     return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), 1 / rest.shape[-1])
-
-
-@accept_rule("lantern++", paper="2502.06352")
-def lantern_plus(
-    at: Position, *, neighbours: Neighbours, k: int = 1000, multiple: float = 2.0, residual: Residual = "corrected"
-) -> Iterator[Trial]:
-    """LANTERN++: a token takes at most multiple - 1 times its own probability from its neighbours."""
-    return lantern(at, neighbours=neighbours, k=k, delta=None, multiple=multiple, residual=residual)
 
 
 def accepts_greedily(

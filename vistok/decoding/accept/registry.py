@@ -6,6 +6,7 @@ verification against a law that is near the target's, to that law, under `@law_r
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,10 +93,11 @@ def make_rule(name: str, *, tokenizer=None, target=None, **options) -> AcceptRul
 
     tokenizer: where the rule needs distances between codes. target: the generator, where the rule needs its embeddings.
     options: of the rule; what is not given has its default. Tables may be given too (neighbours, clusters, embeddings), and must be
-    where no model is.
+    where no model is; a judge's head, or where to load it from, always.
     Raises ValueError: no such rule or option (the nearest is named), an option or a model is missing.
     """
     from vistok.decoding.accept import neighbours as tables
+    from vistok.registry import load
 
     parameters = dict(list(inspect.signature(_function(name)).parameters.items())[1:])
     unknown = sorted(set(options) - set(parameters))
@@ -117,6 +119,10 @@ def make_rule(name: str, *, tokenizer=None, target=None, **options) -> AcceptRul
         filled["clusters"] = tables.code_clusters(_needed(tokenizer, name, "tokenizer"), filled["clusters"])
     if "embeddings" in parameters and "embeddings" not in options:
         filled["embeddings"] = _needed(target, name, "target").embedding.weight.detach()
+    if isinstance(options.get("head"), (str, os.PathLike)):
+        filled["head"] = load(options["head"])
+        if target is not None:
+            filled["head"].to(target.device)
     missing = [key for key in parameters if key not in filled]
     if missing:
         raise ValueError(f"rule {name!r} needs the option {missing[0]!r}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import vistok
 from vistok.tokenizers.tokenflow import CLIP_MEAN, CLIP_STD
+from vistok.training.recipes import Sources, get_recipe
 from vistok.training.tasks.semantic_losses import CaptionHead
 from vistok.training.tasks.teacher import VisionTeacher
 from vistok.training.tasks.tokenflow import TokenFlowTask, TokenFlowTaskConfig
@@ -95,3 +96,13 @@ def test_the_right_caption_costs_least_and_images_without_text_take_no_part():
     loss, _ = task(SimpleNamespace(images=images, captions=texts, labels=torch.tensor([-1, -1])), None, 0)
     loss.backward()
     assert task.caption_head.head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name, part", [("tokenflow-tiny", "semantic"), ("seed-tiny", "generation")])
+def test_a_recipe_takes_a_teacher_of_any_width(name, part, images, tmp_path):
+    vistok.create("vision-tower-tiny", width=20).save_pretrained(tmp_path)
+    task = get_recipe(name, "tokenizer").build(Sources(vae=str(tmp_path))).train()
+    task.dataset = SimpleNamespace(classes=[], captions=["red apple", "blue car"])
+    batch = SimpleNamespace(images=images, captions=task.dataset.captions, labels=torch.tensor([-1, -1]))
+    loss, logs = task(batch, None, 50)
+    assert loss.isfinite() and part in logs and "codes" in logs

@@ -26,7 +26,7 @@ GeneratorRecipe = Literal[
     "gpt-pattention-tiny", "gpt-pattention-emoji",
     "var-tiny", "var-imagenet256", "gpt-imagenet256",
     "maskgit-tiny", "maskgit-imagenet256", "rar-tiny", "rar-imagenet256",
-    "xar-tiny", "xar-emoji", "xar-emoji-16", "xar-imagenet256",
+    "xar-tiny", "xar-mixed-tiny", "xar-emoji", "xar-emoji-16", "xar-imagenet256",
 ]
 
 RECIPES_OWN = "default: the recipe's"
@@ -113,7 +113,8 @@ class TrainTokenizer:
     """Continue the run in OUT from its newest complete checkpoint."""
     vae: optional(str, "MODEL", "default: the recipe's; vistok/emoji-vae for flextok-emoji") = None
     """A trained model to build on. FlexTok: the KL-VAE on whose latents it works. titok-*-stage1: the 2D tokenizer whose codes it learns;
-    titok-*-stage2: the run of stage 1."""
+    titok-*-stage2: the run of stage 1. tokenflow-*, seed-*: a teacher of meaning: a run of `vistok train teacher`, a timm model, or a
+    transformers vision model."""
     image_size: optional(int, "PIXELS", RECIPES_OWN) = None
     """Images are resized and cropped to this square, and the model is built for it."""
     training: TrainOptions = TrainOptions()
@@ -137,7 +138,7 @@ class TrainGenerator:
 
         vistok train generator --recipe gpt-tiny --tokenizer runs/first --out runs/first-gpt          seconds, to see that it works
         vistok train generator --recipe gpt-emoji --data PHOTOS --tokenizer runs/photos --out runs/photos-gpt       about 4 minutes
-        vistok train generator --recipe xar-emoji --tokenizer vistok/emoji-vae --order cell-2 --out runs/xar       about 20 minutes
+        vistok train generator --recipe xar-emoji --tokenizer vistok/emoji-vae --order cell-2 --out runs/xar       about 10 minutes
     """
 
     recipe: GeneratorRecipe

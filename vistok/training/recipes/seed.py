@@ -32,7 +32,8 @@ def seed_emoji() -> Recipe:
 
 
 def _seed(preset: str, *, contrast_steps: int):
-    """The encoder goes on learning in stage II, with some of the contrast; pixels count most, for there is no teacher."""
+    """The encoder goes on learning in stage II, with some of the contrast; pixels count most. A teacher in the sources (--vae) says what
+    the generation embedding should be."""
 
     def build(sources: Sources) -> TrainingTask:
         import torch
@@ -40,18 +41,22 @@ def _seed(preset: str, *, contrast_steps: int):
         import vistok
         from vistok.tokenizers.seed import SEEDLossWeights
         from vistok.training.tasks.seed import SEEDTask, SEEDTaskConfig
+        from vistok.training.tasks.teacher import VisionTeacher
 
         with torch.device("meta"):
             shape = vistok.create(preset).settings
         size = _codebook_size(shape.quantizer.codebook_size, shape.num_registers, sources.num_images)
         quantizer = replace(shape.quantizer, codebook_size=size, **CODEBOOK)
-        model = vistok.create(preset, quantizer=quantizer, **_square(sources.image_size))
+        fields = dict(quantizer=quantizer, **_square(sources.image_size))
+        if sources.vae is not None:
+            fields["embedding_dim"] = VisionTeacher(sources.vae, reads="image").width
         task = SEEDTaskConfig(
+            teacher=sources.vae,
             contrast_steps=contrast_steps,
             joint_contrast_weight=0.2,
             frozen_encoder=False,
             weights=SEEDLossWeights(vq=1.0, semantic=0.5, pixels=2.0),
         )
-        return SEEDTask(model, task)
+        return SEEDTask(vistok.create(preset, **fields), task)
 
     return build

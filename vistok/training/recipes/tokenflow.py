@@ -51,10 +51,13 @@ def tokenflow_imagenet256() -> Recipe:
 
 
 def _tokenflow(preset: str, shape: dict, **task):
+    """A teacher in the sources (--vae) takes the place of the captions, or of the recipe's own teacher."""
+
     def build(sources: Sources) -> TrainingTask:
         import torch
 
         import vistok
+        from vistok.training.tasks.teacher import VisionTeacher
         from vistok.training.tasks.tokenflow import TokenFlowTask, TokenFlowTaskConfig
 
         with torch.device("meta"):
@@ -62,7 +65,11 @@ def _tokenflow(preset: str, shape: dict, **task):
         fields = dict(shape, codebook_size=_codebook_size(base.codebook_size, base.max_tokens, sources.num_images))
         if sources.image_size not in (None, base.settings.image_size[0]):
             fields |= _sized(base.settings, sources.image_size)
-        return TokenFlowTask(vistok.create(preset, **fields), TokenFlowTaskConfig(**task))
+        config = TokenFlowTaskConfig(**task)
+        if sources.vae is not None:
+            fields["teacher_width"] = VisionTeacher(sources.vae, reads="patches", layer=config.teacher_layer).width
+            config = replace(config, semantic="teacher", teacher=sources.vae)
+        return TokenFlowTask(vistok.create(preset, **fields), config)
 
     return build
 

@@ -16,7 +16,8 @@ from vistok.generators.objectives import (
     random_prediction,
 )
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch
-from vistok.training.tasks.objectives import MixedTask, MixedTaskConfig
+from vistok.training.tasks.objectives import MixedTask, MixedTaskConfig, MixedXARTask, MixedXARTaskConfig
+from vistok.training.tasks.xar import XARTask, XARTaskConfig
 
 N = 16
 
@@ -250,3 +251,35 @@ def test_it_learns_all_three_tasks(batch):
         history.append({name: float(value) for name, value in logs.items()})
     for name in ("cross_entropy", "cross_entropy_random", "cross_entropy_next_all"):
         assert sum(h[name] for h in history[-5:]) < 0.5 * sum(h[name] for h in history[:5]), name
+
+
+def values_task(task_class, config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = vistok.create("xar-tiny", order=OrderConfig(kind="cell", layout_shape=(4, 4), size=2))
+    return task_class(model, config)
+
+
+def value_batch(chosen=(0, 1, 2)):
+    index, values = torch.tensor(chosen), torch.randn(3, N, 4, generator=torch.Generator().manual_seed(0))
+    return TokenBatch(None, index, [""] * len(chosen), index, index, values=values[index])
+
+
+def test_next_alone_is_xars_plain_loss_bit_for_bit():
+    only_next = ObjectiveWeights(random=0, next=1, next_all=0)
+    for options in (dict(dropout=0.2), dict(context="clean")):
+        ours = values_task(MixedXARTask, MixedXARTaskConfig(weights=only_next, **options))
+        plain = values_task(XARTask, XARTaskConfig(**options))
+        loss, logs = ours(value_batch(), rng.image_generators(0, 3), 0)
+        assert torch.equal(loss, plain(value_batch(), rng.image_generators(0, 3), 0)[0]) and list(logs) == ["error_next"]
+
+
+def test_the_mixed_loss_of_values_is_made_of_its_parts_and_does_not_depend_on_the_batch():
+    config = MixedXARTaskConfig(weights=ObjectiveWeights(random=0.5, next=1, next_all=2))
+    task = values_task(MixedXARTask, config)
+    together, logs = task(value_batch(), rng.image_generators(0, 3), 0)
+    assert torch.allclose(together, 0.5 * logs["error_random"] + logs["error_next"] + 2 * logs["error_next_all"])
+    alone = [task(value_batch([i]), rng.image_generators(0, [i]), 0)[0] for i in range(3)]
+    assert torch.allclose(together, torch.stack(alone).mean(), atol=1e-5)
+    together.backward()
+    assert all(parameter.grad is not None for parameter in task.model.blocks[0].parameters())

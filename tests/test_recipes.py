@@ -18,6 +18,7 @@ TOKENIZER_OF = {
     "maskgit-tiny": "titok-tiny",
     "rar-tiny": "titok-tiny",
     "xar-tiny": "vae-tiny",
+    "xar-mixed-tiny": "vae-tiny",
 }
 
 

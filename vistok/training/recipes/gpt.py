@@ -1,4 +1,6 @@
-"""Recipes of the GPT beyond plain next-token training: mixed objectives, own contexts, layers that grow."""
+"""Recipes of the GPT beyond plain next-token training: mixed objectives (of xAR too), own contexts, layers that grow."""
+
+from dataclasses import replace
 
 from vistok.training.recipes import GPT_EMOJI, GPT_TAKES, Recipe, _gpt, _gpt_emoji_config, _tiny, recipe
 
@@ -16,6 +18,23 @@ def gpt_mixed_emoji() -> Recipe:
     """gpt-emoji with random and next-all prediction beside the next token; about 12 minutes on two CPU cores for 64 tokens an image."""
     build = _gpt({**GPT_EMOJI, "has_query": True}, _mixed(random=0.5, next_all=0.5))
     return Recipe("generator", _gpt_emoji_config(), build, takes=GPT_TAKES)
+
+
+@recipe
+def xar_mixed_tiny() -> Recipe:
+    """xar-tiny on random, next and next-all prediction of entities; seconds on two CPU cores."""
+    from vistok.training.recipes.xar import xar_tiny
+
+    plain = xar_tiny()
+
+    def build(sources):
+        from vistok.training.tasks.objectives import MixedXARTask, MixedXARTaskConfig
+
+        task = plain.build(sources)
+        parts = dict(tokenizer=task.tokenizer, tokenizer_reference=task.tokenizer_reference, held_out=task.held_out)
+        return MixedXARTask(task.model, MixedXARTaskConfig(**vars(task.config)), **parts)
+
+    return replace(plain, build=build)
 
 
 @recipe

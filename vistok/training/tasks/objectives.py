@@ -1,8 +1,8 @@
-"""Training of a GPT on a mixture of random, next and next-all prediction (see `vistok.generators.objectives`).
+"""Training of a GPT or an xAR on a mixture of random, next and next-all prediction (see `vistok.generators.objectives`).
 
     loss = w_r L_r + w_n L_n + w_a L_a         L_n is the plain generator's loss, to the bit; each mean is logged by its name
 
-What is left over is a plain GPT: it generates token by token. Held-out loss and previews are those of the next token.
+What is left over is a plain GPT or xAR: it generates token by token, entity by entity. Held-out loss and previews are those of the next.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vistok import rng
-from vistok.generators import GPT
-from vistok.generators.objectives import ObjectiveWeights, Prediction, mean_error, mixed_loss, next_all_prediction, random_prediction
+from vistok.generators import GPT, XAR
+from vistok.generators.objectives import (
+    ObjectiveWeights,
+    Prediction,
+    flow_errors,
+    mean_error,
+    mixed_loss,
+    next_all_prediction,
+    random_prediction,
+)
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, token_loss
+from vistok.training.tasks.xar import XARTask, XARTaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +38,12 @@ class MixedTaskConfig(GeneratorTaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.hidden_share <= 1:
-            raise ValueError(f"hidden_share must be in (0, 1], got {self.hidden_share}")
+        _check_share(self.hidden_share)
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"hidden_share must be in (0, 1], got {share}")
 
 
 class MixedTask(GeneratorTask):
@@ -64,14 +77,60 @@ class MixedTask(GeneratorTask):
             logs[f"cross_entropy_{name}"] = means[name].detach()
         return mixed_loss(means, config.weights), logs
 
-    @torch.compiler.disable
     def predictions(self, ids: Tensor, generators: Sequence[torch.Generator]) -> dict[str, Prediction]:
         """What the active tasks other than the next token show and ask, of ids [B, N], -1 in the padding."""
-        active, counts, N = self.config.weights.active(), (ids >= 0).sum(1), ids.shape[1]
-        out = {}
-        if "random" in active:
-            uniforms = rng.rand((N,), generators, device=ids.device)
-            out["random"] = random_prediction(uniforms, counts, share=self.config.hidden_share)
-        if "next_all" in active:
-            out["next_all"] = next_all_prediction(rng.rand((), generators, device=ids.device), counts, num_entities=N)
-        return out
+        entities = torch.arange(ids.shape[1], device=ids.device)
+        return draw_predictions(self.config, (ids >= 0).sum(1), entities, generators)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedXARTaskConfig(XARTaskConfig):
+    """As for every xAR."""
+
+    weights: ObjectiveWeights = ObjectiveWeights()
+    """Of the three tasks."""
+    hidden_share: float = 0.4
+    """Share of entities hidden in random prediction."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_share(self.hidden_share)
+
+
+class MixedXARTask(XARTask):
+    """Mixed training of continuous tokens in any order; parts: tokenizer, tokenizer_reference and held_out as in GeneratorTask."""
+
+    def __init__(self, model: XAR, config: MixedXARTaskConfig | None = None, **parts):
+        super().__init__(model, config or MixedXARTaskConfig(), **parts)
+
+    def forward(self, batch: TokenBatch, generators: Sequence[torch.Generator], step: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss; logs each task's squared error of the velocity."""
+        model = self.model
+        slots, condition, drawn = self.prepare(batch, generators)
+        means = {}
+        if "next" in self.config.weights.active():
+            means["next"] = model.denoising_loss(slots, condition, context=self.config.context, **drawn).mean()
+        entities = model.entities[model.prefix_length :]
+        counts = torch.full((len(slots),), len(entities), device=slots.device)
+
+        def velocity(noisy: Tensor, times: Tensor, sees: Tensor) -> Tensor:
+            return model.predict(noisy, condition, times=times, sees=sees, keep=drawn["keep"])
+
+        for name, prediction in draw_predictions(self.config, counts, entities, generators).items():
+            errors = flow_errors(velocity, slots, prediction, noise=drawn["noise"], times=drawn["times"], entities=entities)
+            means[name] = mean_error(errors, prediction.asked)
+        return mixed_loss(means, self.config.weights), {f"error_{name}": mean.detach() for name, mean in means.items()}
+
+
+@torch.compiler.disable
+def draw_predictions(
+    config: MixedTaskConfig | MixedXARTaskConfig, counts: Tensor, entities: Tensor, generators: Sequence[torch.Generator]
+) -> dict[str, Prediction]:
+    """What the active tasks other than the next token show and ask. counts: [B]. entities: [N], see `random_prediction`."""
+    active, out = config.weights.active(), {}
+    if "random" in active:
+        uniforms = rng.rand((int(entities[-1]) + 1,), generators, device=entities.device)
+        out["random"] = random_prediction(uniforms, counts, share=config.hidden_share, entities=entities)
+    if "next_all" in active:
+        out["next_all"] = next_all_prediction(rng.rand((), generators, device=entities.device), counts, entities=entities)
+    return out

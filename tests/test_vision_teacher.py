@@ -1,11 +1,14 @@
 """The vision tower and how it is taught: shapes, classes and captions that are or are not there, saving, and that it learns."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 import vistok
 from vistok.data import BatchLoader
 from vistok.image import to_pil
+from vistok.metrics.understanding import text_space
 from vistok.tokenizers import VisionTower
 from vistok.training.recipes.teacher import train_teacher
 from vistok.training.tasks.vision_teacher import VisionTeacherConfig, VisionTeacherTask, tower_for
@@ -111,6 +114,20 @@ def test_images_without_class_and_caption_take_no_part(tmp_path):
     other, _ = task(batch, None, 0)
     torch.testing.assert_close(loss, other)
     assert set(logs) == {"contrast", "class", "accuracy"}
+
+
+def test_the_command_trains_a_teacher_that_the_probe_can_read(tmp_path, capsys):
+    from vistok.cli import main
+    from vistok.commands.train_teacher import TeacherRecipe
+    from vistok.training.recipes import RECIPES
+
+    assert set(get_args(TeacherRecipe)) == {name for name in RECIPES if RECIPES[name]().kind == "teacher"}
+    options = ["--recipe", "teacher-tiny", "--data", str(photos(tmp_path / "photos", captions=True)), "--out", str(tmp_path / "run")]
+    assert main(["train", "teacher", *options, "--max-steps", "2", "--no-progress"]) == 0
+    assert "python -m eval.probe --model" in capsys.readouterr().err
+    tower = vistok.load(tmp_path / "run")
+    space = text_space(tower)
+    assert space is not None and space[0](pictures(2, 3, 32, 32)).shape == space[1](["a dark picture", "x"]).shape
 
 
 def test_a_few_steps_teach_it_to_tell_dark_from_light(tmp_path):

@@ -26,13 +26,13 @@ INPUTS = ("image", "gumbel_noise")
 
 
 def _pool_heads(golden) -> list[int]:
-    """Heads of the pooling, as the case says; else those that it may have: the decoder's own, or the published 16."""
+    """Heads of the pooling, as the case says; else all that it may have: the decoder's own, the published 16, or any that divide."""
     decoder = golden.spec["config"]["decoder"]
     if decoder["kind"] == "lowres":
         return [16]
     if "pool_heads" in decoder:
         return [decoder["pool_heads"]]
-    return [heads for heads in dict.fromkeys((decoder["num_heads"], 16)) if decoder["out_dim"] % heads == 0]
+    return [heads for heads in dict.fromkeys((decoder["num_heads"], 16, *range(1, 65))) if decoder["out_dim"] % heads == 0]
 
 
 def _build(golden, pool_heads: int):

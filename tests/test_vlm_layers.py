@@ -9,7 +9,8 @@ from vlm_toys import FAMILIES, IMAGE, SPECIAL, build, full_matrix
 
 import vistok
 from vistok.pruning.families import attention_of, text_model
-from vistok.pruning.stages import StageChoice, Stages, StageView, create_stages, layer_methods
+from vistok.pruning.selectors import selectors
+from vistok.pruning.stages import INSIDE_ONLY, StageChoice, Stages, StageView, create_stages, layer_methods
 from vistok.pruning.tap import AttentionCall
 from vistok.testing import assert_matches_mask_oracle, mask_oracle_logits
 
@@ -324,6 +325,9 @@ def test_what_cannot_be_exact_is_refused_with_the_reason():
         model.generate(input_ids=plain.sequences, past_key_values=plain.past_key_values, **GENERATION)
     with vistok.prune(model, **ONE):
         cache = model.generate(**inputs, **GENERATION).past_key_values
+    with vistok.prune(model, **THREE), pytest.raises(ValueError, match="made with stages before"):
+        model.generate(input_ids=plain.sequences, past_key_values=cache, **GENERATION)
+    with vistok.prune(model, **ONE):
         cache.crop(-20)
         with pytest.raises(ValueError, match="cannot be undone"):
             model.generate(input_ids=plain.sequences, past_key_values=cache, **GENERATION)
@@ -342,3 +346,15 @@ def test_a_conversation_may_begin_without_images():
     gone = torch.cat([later.new_zeros(1, ids.shape[1] - later.shape[1]), later], dim=1)
     expected = mask_oracle_logits(model, turn, [(layer, gone)], result.sequences[:, ids.shape[1] : -1])
     torch.testing.assert_close(torch.stack(result.logits, dim=1), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("method", [*(name for name in selectors() if name != "evs"), *INSIDE_ONLY])
+def test_every_method_runs_in_bfloat16(method):
+    model, inputs = build("llava")
+    model = model.to(torch.bfloat16)
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    options = {"keep_ratios": (0.5, 0.25, 0.2)} if method in ("pyramiddrop", "sparsevlm", "sparsevlm+") else {"keep_ratio": 0.5}
+    options |= {"layers": (1, 2, 3)} if "keep_ratios" in options else {}
+    with vistok.prune(model, method, **options):
+        result = model.generate(**inputs, **GENERATION)
+    assert result.logits[0].isfinite().all()

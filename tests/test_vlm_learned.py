@@ -132,7 +132,7 @@ def scene_model(tmp_path_factory):
     return train_vlm("vlm-tiny", out=folder, max_steps=2, batch_size=2, preview_every=0, progress=False)
 
 
-@pytest.mark.parametrize("recipe", ["atp-tiny", "delete-gate-tiny"])
+@pytest.mark.parametrize("recipe", ["atp-tiny", pytest.param("delete-gate-tiny", marks=pytest.mark.slow)])
 def test_a_pruner_recipe_trains_towards_its_budget_and_gives_a_pruner_that_works(scene_model, recipe, tmp_path):
     import json
 

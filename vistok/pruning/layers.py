@@ -13,18 +13,18 @@ hiding the dropped tokens as keys from layer k on (`vistok.testing.assert_matche
 B prompts, Q tokens of this forward, K tokens of it that are left, D width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vistok.pruning.families import attention_of, family_of, is_flash, kind_of, newline_of, sliding_window, text_model, visual_mask
+from vistok.pruning.ledger import Forward, ledger_of, new_ledger
 from vistok.pruning.masks import gather_square, gather_tokens, pack_left, take, validity
 from vistok.pruning.stages import LayerMethod, Stages, StageView, create_stages, layer_methods
 from vistok.pruning.tap import AttentionCall, Tap
 
 _MARK = "_vistok_layer_pruning"
-_LEDGER = "_vistok_ledger"
 
 
 @dataclass(frozen=True)
@@ -44,77 +44,6 @@ class LayerReport:
         return sum(self.tokens_per_layer) / (len(self.tokens_per_layer) * self.tokens_per_layer[0])
 
 
-@dataclass
-class _Segment:
-    """The slots of the caches of the layers between two stages."""
-
-    columns: list = field(default_factory=list)
-    """The token of the conversation in each slot, to be joined: [B, n] int64 with -1 for padding, or (first, n) for a run of tokens."""
-    is_clean: bool = True
-    """No slot is padding, so a single query sees everything."""
-
-    def joined(self, B: int, device) -> Tensor:
-        """[B, slots] int64."""
-        runs = [x if isinstance(x, Tensor) else torch.arange(x[0], x[0] + x[1], device=device).expand(B, -1) for x in self.columns]
-        self.columns = [torch.cat(runs, dim=1)]
-        return self.columns[0]
-
-
-@dataclass
-class _Ledger:
-    """What a cache holds."""
-
-    segments: list[_Segment]
-    length: int = 0
-    """Tokens of the conversation so far, dropped ones and padding included: the length of the first layer's cache."""
-    has_dropped: bool = False
-    """Whether any token was ever dropped; until then the model needs no help."""
-    since_stage: int = 0
-    """Tokens since the last forward that dropped any: these can be taken back."""
-
-
-@dataclass
-class _Forward:
-    """One forward through the language model."""
-
-    B: int
-    Q: int
-    is_visual: Tensor
-    is_valid: Tensor
-    all_valid: bool
-    embeddings: Tensor
-    ledger: _Ledger | None
-    drops_tokens: bool
-    rows: Tensor | None = None
-    """[B, K] int64 into the Q tokens, -1 for filling; None while all are there."""
-    has_filling: bool = False
-    segment: int = 0
-    columns: dict = field(default_factory=dict)
-    """(rows [B, K], which are real [B, K], whether all are) by segment."""
-    masks: dict = field(default_factory=dict)
-    """By segment and window."""
-    rotary: dict = field(default_factory=dict)
-    calls: dict = field(default_factory=dict)
-    dropped: list = field(default_factory=list)
-    kept: list = field(default_factory=list)
-    lengths: list = field(default_factory=list)
-
-    @property
-    def has_past(self) -> bool:
-        return self.ledger is not None and self.ledger.length > 0
-
-    @property
-    def is_untouched(self) -> bool:
-        """Nothing has left, now or before: the layers run as they would without us."""
-        return self.rows is None and not (self.ledger is not None and self.ledger.has_dropped)
-
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """([B, K] int64: the tokens that are here, -1 for filling; [B, K] bool: those that are no padding)."""
-        if self.rows is None:
-            return torch.arange(self.Q, device=self.is_valid.device).expand(self.B, self.Q), self.is_valid
-        return self.rows, (self.rows >= 0) & self.is_valid.gather(1, self.rows.clamp(min=0))
-
-
 class PrunedLayers:
     """The hooks on one model. A context manager: leaving it, by an exception too, takes them off; so does `remove`."""
 
@@ -123,9 +52,9 @@ class PrunedLayers:
         self.text = text_model(model)
         self.layers = list(self.text.layers)
         check_inside(model, stages, positions)
-        self._now: _Forward | None = None
+        self._now: Forward | None = None
         self._top: tuple[Tensor, Tensor | None] | None = None
-        self._last: _Forward | None = None
+        self._last: Forward | None = None
         self._counts: list[int] = []
         self._window = sliding_window(model)
         self._kinds = getattr(self.text.config, "layer_types", None)
@@ -163,7 +92,7 @@ class PrunedLayers:
             raise ValueError("this method merges tokens: what it does is not the same as masking some of them")
         return list(self._require().dropped)
 
-    def _require(self) -> _Forward:
+    def _require(self) -> Forward:
         if self._last is None:
             raise RuntimeError("no forward with images has run through the pruned layers yet")
         return self._last
@@ -204,7 +133,7 @@ class PrunedLayers:
         if embeds is None:
             embeds = text.get_input_embeddings()(kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0])
         B, Q, _ = embeds.shape
-        ledger = self._ledger(cache, B, embeds.device)
+        ledger = ledger_of(cache, self.stages.at, B, embeds.device)
         mask = kwargs.get("attention_mask") if top is None else top[1]
         is_valid, all_valid = validity(mask, B, Q, embeds.device)
         is_visual = is_valid.new_zeros(B, Q) if top is None or top[0].shape != (B, Q) else top[0] & is_valid
@@ -212,7 +141,7 @@ class PrunedLayers:
         if Q > 1 and newline is not None:
             is_visual = is_visual & (embeds != newline.to(embeds)).any(dim=-1)
         drops = Q > 1 and bool(is_visual.any())
-        self._now = _Forward(B, Q, is_visual, is_valid, all_valid, embeds, ledger, drops)
+        self._now = Forward(B, Q, is_visual, is_valid, all_valid, embeds, ledger, drops)
         if drops:
             self._counts = is_visual.sum(dim=1).tolist()  # read on the host once a prompt: row lengths are shapes
             self._now.lengths = [Q] * self.stages.at[0]
@@ -254,7 +183,7 @@ class PrunedLayers:
             return None
         made = getattr(output, "past_key_values", None)
         if now.ledger is None and made is not None and made.get_seq_length() == now.Q:  # the model made the cache itself
-            now.ledger = self._ledger_of(made)
+            now.ledger = new_ledger(made, self.stages.at)
         ledger = now.ledger
         if ledger is not None:
             self._record(now)
@@ -274,39 +203,6 @@ class PrunedLayers:
         return output
 
     # What they do.
-
-    def _ledger(self, cache, B: int, device) -> _Ledger | None:
-        """The ledger of this cache, in step with it."""
-        if cache is None:
-            return None
-        if getattr(cache, "is_compileable", False):
-            raise ValueError(
-                "a static cache keeps every layer at full length, where nothing is saved: use the dynamic cache inside the model"
-            )
-        length, ledger = cache.get_seq_length(), getattr(cache, _LEDGER, None)
-        if ledger is None or length == 0:
-            if length > 0:
-                raise ValueError("this cache was not made by the pruned model: start the conversation inside `with vistok.prune(...)`")
-            ledger = self._ledger_of(cache)
-        surplus = ledger.length - length
-        if surplus > 0:  # cropped, as assisted decoding does with rejected tokens
-            if surplus > ledger.since_stage:
-                raise ValueError(
-                    f"the cache was cropped by {surplus} tokens, into the prompt whose tokens are dropped: that cannot be undone"
-                )
-            for segment in ledger.segments:
-                segment.columns = [segment.joined(B, device)[:, :-surplus]]
-            ledger.length, ledger.since_stage = length, ledger.since_stage - surplus
-        recorded = next((x for x in ledger.segments[-1].columns if isinstance(x, Tensor)), None)
-        if surplus < 0 or recorded is not None and recorded.shape[0] != B:
-            raise ValueError("the cache was changed outside the pruned model: its layers hold other tokens than were recorded")
-        return ledger
-
-    def _ledger_of(self, cache) -> _Ledger:
-        """A new ledger on the cache."""
-        ledger = _Ledger([_Segment() for _ in self.stages.at])
-        setattr(cache, _LEDGER, ledger)
-        return ledger
 
     def _drop(self, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         """The tokens that stay before this layer; sets `rows`."""
@@ -368,7 +264,7 @@ class PrunedLayers:
             tap.remove()
         return seen[0]
 
-    def _record(self, now: _Forward) -> None:
+    def _record(self, now: Forward) -> None:
         """Write this forward's tokens into the slots of every segment."""
         for number, segment in enumerate(now.ledger.segments):
             if now.rows is None and now.all_valid:
@@ -446,7 +342,7 @@ class _Read(Exception):  # noqa: N818  not an error: the kernel has been seen
     pass
 
 
-def _is_per_token(x, now: _Forward) -> bool:
+def _is_per_token(x, now: Forward) -> bool:
     return isinstance(x, Tensor) and x.ndim == 3 and x.shape[:2] == (now.B, now.Q)
 
 

@@ -1,15 +1,22 @@
 import math
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import vistok
+from vistok.pruning.blocks import parts_of
+from vistok.pruning.cost import ViTCost
+from vistok.pruning.methods.diffrate import PRESETS, diffrate, diffrate_counts
 from vistok.pruning.methods.diversity import cdpruner, dart, divprune, text_relevance
+from vistok.pruning.methods.pitome import energy
 from vistok.pruning.methods.tome import even_schedule
 from vistok.pruning.methods.topk import count_to_keep, fastv_score, pyramiddrop_counts, query_attention, uniform_score
 from vistok.pruning.methods.vision_attention import flowcut_count, flowcut_score, prumerge, vscan_mask, vscan_merge
 from vistok.pruning.methods.zero_tprune import head_mean, page_rank, zero_tprune
+from vistok.pruning.strategies import ZeroTPrune, create_strategy
 
 
 @settings(max_examples=40, deadline=None)
@@ -120,3 +127,60 @@ def test_zero_tprune_keeps_the_prefix_and_the_count():
         plan = zero_tprune(attention, key, keep, num_similar=4, num_prefix=2)
         assert plan.num_kept == keep + 2 and plan.keep[:, :2].tolist() == [[0, 1], [0, 1]]
         assert (plan.keep.diff(dim=1) > 0).all()
+
+
+def test_diffrate_drops_what_the_class_token_ignores_and_folds_the_next():
+    torch.manual_seed(0)
+    score, metric = torch.rand(2, 10), torch.randn(2, 11, 4)
+    plan = diffrate(score, metric, 7, 4)
+    order = score.argsort(dim=1, descending=True)
+    for row in range(2):
+        assert set((plan.keep[row, 1:] - 1).tolist()) == set(order[row, :4].tolist()) and plan.keep[row, 0] == 0
+        assert set((plan.source[row] - 1).tolist()) == set(order[row, 4:7].tolist())
+        assert set((plan.owner[row] < 0).nonzero()[:, 0].tolist()) == {number + 1 for number in order[row, 7:].tolist()}
+        kept = torch.nn.functional.normalize(metric[row, plan.keep[row, 1:]], dim=-1)
+        nearest = (torch.nn.functional.normalize(metric[row, plan.source[row]], dim=-1) @ kept.T).argmax(dim=1) + 1
+        assert torch.equal(plan.slot[row], nearest)
+    assert diffrate(score, metric, 4, 4).source is None
+    with pytest.raises(ValueError, match="merged=5"):
+        diffrate(score, metric, 4, 5)
+
+
+def test_a_diffrate_preset_has_its_published_cost_and_shrinks_to_other_models():
+    model = timm.create_model("deit_small_patch16_224")
+    strategy = create_strategy("diffrate")
+    counts = [197]
+    for removed in strategy.counts(12, 196):
+        counts.append(counts[-1] - removed)
+    assert counts[1:] == list(PRESETS["deit-small-2.9g"][1])
+    assert ViTCost.of(parts_of(model)).macs(counts, at_block_end=False) / 1e9 == pytest.approx(2.9, abs=0.05)
+    small = diffrate_counts("deit-small-2.9g", 3, 16)
+    assert small[0] == (16, 16) and all(1 <= merged <= pruned for pruned, merged in small)
+    with pytest.raises(ValueError, match="preset="):
+        diffrate_counts("deit-small-1g", 12, 196)
+
+
+def test_zero_tprune_reads_the_map_that_the_block_makes_itself():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2).eval()
+    x, seen = torch.randn(1, 3, 32, 32), []
+
+    class Spy(ZeroTPrune):
+        def plan(self, view, count):
+            seen.append((view.attention(), view.query, view.key))
+            return super().plan(view, count)
+
+    with vistok.prune(model, Spy(rates={1: 0.5}, num_similar=0)):
+        assert not model.blocks[1].attn.fused_attn and model.blocks[0].attn.fused_attn
+        model(x)
+    assert model.blocks[1].attn.fused_attn
+    attention, query, key = seen[0]
+    torch.testing.assert_close(attention, (query @ key.transpose(2, 3) * 16**-0.5).softmax(dim=-1))
+
+
+def test_energy_of_half_the_pairs_is_energy_of_all():
+    torch.manual_seed(0)
+    metric = torch.nn.functional.normalize(torch.randn(2, 9, 5), dim=-1)
+    for margin, alpha in ((0.4, 1.0), (0.9, 0.5)):
+        whole = torch.nn.functional.elu(metric @ metric.transpose(1, 2) - margin, alpha=alpha).mean(dim=-1)
+        torch.testing.assert_close(energy(metric, margin, alpha), whole)

@@ -46,8 +46,8 @@ def test_every_tower_is_reduced_and_left_as_it_was(family):
     model, x = build(family), images()
     prefix = parts_of(model).num_prefix
     expected = outputs(model, x)
-    for method in [name for name in STRATEGIES if name != "cls" or prefix]:
-        options = {"num_similar": 2} if method == "zero_tprune" else {"keep": 7}
+    for method in [name for name in STRATEGIES if name not in ("cls", "diffrate") or prefix]:
+        options = {"zero_tprune": {"num_similar": 2}, "diffrate": {}}.get(method, {"keep": 7})
         with vistok.prune(model, method, **options) as pruned:
             reduced = outputs(model, x)
         counts = pruned.stats().num_tokens

@@ -41,9 +41,9 @@ def images(batch=2):
 def test_every_family_of_vit_is_reduced_and_left_as_it_was(family):
     model, x = build(family), images()
     expected = model(x)
-    methods = [name for name in STRATEGIES if name != "cls" or model.num_prefix_tokens]
+    methods = [name for name in STRATEGIES if name not in ("cls", "diffrate") or model.num_prefix_tokens]
     for method in methods:
-        options = {"num_similar": 2} if method == "zero_tprune" else {"keep": 7}
+        options = {"zero_tprune": {"num_similar": 2}, "diffrate": {}}.get(method, {"keep": 7})
         with vistok.prune(model, method, **options) as pruned:
             reduced = model(x)
         counts = pruned.stats().num_tokens

@@ -11,9 +11,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from vistok.pruning.methods import diffrate, topk, zero_tprune
 from vistok.pruning.methods import pitome as pitome_method
 from vistok.pruning.methods import tome as tome_method
-from vistok.pruning.methods import topk, zero_tprune
 from vistok.pruning.plan import ReductionPlan
 from vistok.rng import image_generators
 
@@ -24,6 +24,8 @@ class LayerView(Protocol):
     layer: int
     num_prefix: int
     num_layers: int
+    num_patches: int
+    """Patches that entered the first layer."""
 
     def metric(self, name: str) -> Tensor:
         """[B, N, d]: "key" (mean over heads), "query" or "input" (the block's normalised input)."""
@@ -183,6 +185,31 @@ class ZeroTPrune:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiffRate:
+    """A learned static schedule of dropping and folding; see `methods/diffrate.py`. Needs a class token."""
+
+    preset: str = "deit-small-2.9g"
+    """Name of the schedule; at another number of layers or patches its shares are used."""
+    is_proportional: bool = True
+    is_merging: ClassVar[bool] = True
+    at_block_end: ClassVar[bool] = False
+
+    def attention_layers(self, num_layers: int) -> Sequence[int]:
+        return ()
+
+    def counts(self, num_layers: int, num_patches: int) -> tuple[int, ...]:
+        left = [num_patches, *(merged for _, merged in diffrate.diffrate_counts(self.preset, num_layers, num_patches))]
+        return tuple(before - after for before, after in zip(left, left[1:]))
+
+    def plan(self, view: LayerView, count: int) -> ReductionPlan:
+        if view.num_prefix == 0:
+            raise ValueError('method "diffrate" needs a class token and this model has none; take "tome"')
+        score = topk.cls_score(view.attention(rows=1)[:, :, 0, view.num_prefix :])
+        pruned, merged = diffrate.diffrate_counts(self.preset, view.num_layers, view.num_patches)[view.layer]
+        return diffrate.diffrate(score, view.metric("input"), pruned, merged, num_prefix=view.num_prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RandomTokens(Schedule):
     """Drop random patches: the baseline. The draw depends on (seed, layer, place in the batch)."""
 
@@ -232,6 +259,7 @@ STRATEGIES: dict[str, type] = {
     "tome": ToMe,
     "pitome": PiToMe,
     "zero_tprune": ZeroTPrune,
+    "diffrate": DiffRate,
     "random": RandomTokens,
     "uniform": UniformTokens,
     "cls": ClsTokens,

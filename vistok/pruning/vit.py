@@ -44,7 +44,7 @@ class _View:
         self.parts, self.is_proportional = parts, is_proportional
         self.entry: _Entry | None = None
         self.rope = self.input = self.query = self.key = self.probabilities = None
-        self.count = 0
+        self.count = self.num_patches = 0
         self.merged = self.branch = self.plan = self.after = None
 
     def metric(self, name: str) -> Tensor:
@@ -210,7 +210,8 @@ class PrunedViT:
                 self._seconds, self._start = 0.0, time.perf_counter()
         if view.entry is None or view.entry.num_tokens != N:
             raise RuntimeError(f"layer {view.layer} got {N} tokens: the blocks must run in order, each on what the one before returned")
-        view.count = self._schedule[self._views[0].entry.num_tokens - view.num_prefix][view.layer]
+        view.num_patches = self._views[0].entry.num_tokens - view.num_prefix
+        view.count = self._schedule[view.num_patches][view.layer]
         view.merged = view.branch = view.plan = None
         rope = kwargs.get(view.parts.rope)
         if rope is not None and view.entry.position is not None:

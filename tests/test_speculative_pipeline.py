@@ -44,6 +44,18 @@ def test_eps_alone_is_the_budget_rule_and_its_loss_is_counted(pipe):
     assert "total variation spent" in stats.summary()
 
 
+def test_rows_overlap_on_request(pipe):
+    out = pipe(labels=["Cats"], num_images=2, seed=0, row_window=1)
+    assert out.stats.target_passes == 2 * 4 + 2 * 1 and len(out.images) == 2
+    assert torch.equal(out.tokens.ids[1:], pipe(labels=["Cats"], num_images=2, seed=0, row_window=1, batch_size=1).tokens.ids[1:])
+
+
+def test_typical_sampling_composes_with_drafts_that_are_not_drawn(pipe):
+    call = dict(labels=["Cats"], seed=0, typical_p=0.4, top_k=100)
+    assert torch.equal(pipe(**call).tokens.ids, pipe(**call, drafter="copy").tokens.ids)
+    assert not torch.equal(pipe(**call).tokens.ids, pipe(labels=["Cats"], seed=0, top_k=100).tokens.ids)
+
+
 def test_drafters_and_models_are_taken_as_they_are(pipe, tmp_path):
     drafter = make_drafter("jacobi", pipe.generator, length=2)
     assert pipe(labels=["Cats"], seed=0, drafter=drafter, num_draft_tokens=1).stats.target_passes <= 16
@@ -61,6 +73,9 @@ def test_drafters_and_models_are_taken_as_they_are(pipe, tmp_path):
         (dict(drafter="jacobi", rule="standard", eps=0.1), "has no eps"),
         (dict(drafter="jacobi", num_draft_tokens=99), "num_draft_tokens=99"),
         (dict(drafter="jacobi", num_draft_tokens="most"), "num_draft_tokens='most'"),
+        (dict(drafter="jacobi", row_window=2), "without a drafter"),
+        (dict(row_window=5), "window=5 but a row has 1 to 4"),
+        (dict(typical_p=0.0), "typical_p must be in"),
         (dict(drafter=vistok.create("fsq2d-tiny")), "FSQ2D cannot draft"),
     ],
 )

@@ -34,6 +34,7 @@ from vistok import rng
 from vistok.decoding import GenerationStats, SamplingConfig, generate, step_sizes
 from vistok.decoding.drafters.choose import choose_drafter, choose_rule
 from vistok.decoding.flow import check_values, code_table, generate_values, makes_values, partial_tokens
+from vistok.decoding.rows import generate_rows
 from vistok.decoding.speculative import check_target, speculate
 from vistok.generators import FlowSampling, TextEncoder
 from vistok.image import to_pil
@@ -106,6 +107,8 @@ class TokenImagePipeline(DiffusionPipeline):
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        typical_p: float = 1.0,
+        row_window: int | None = None,
         num_steps: int | None = None,
         final_steps: int | None = None,
         solver: str | None = None,
@@ -128,7 +131,8 @@ class TokenImagePipeline(DiffusionPipeline):
         num_tokens: tokens an image; a tokenizer of ordered tokens (FlexTok) decodes any number, one of scales (VAR) whole scales, a grid
         needs all, the default.
         guidance_scale: 1 is off; or a function of the step; VAR rises to it from scale to scale, xAR from entity to entity.
-        temperature, top_k, top_p, min_p: of a generator of ids, see `SamplingConfig`.
+        temperature, top_k, top_p, min_p, typical_p: of a generator of ids, see `SamplingConfig`.
+        row_window: on a grid, start a row of tokens when the row above has so many: fewer passes, other images (`decoding.generate_rows`).
         num_steps, final_steps, solver: of xAR, see `FlowSampling`; what is not given is as there.
         prefix: of each image's first tokens, as the callback got them, from which the same seed goes on: ids [n, tokens], or xAR's values
         [n, slots, C]. Not with a drafter.
@@ -155,9 +159,13 @@ class TokenImagePipeline(DiffusionPipeline):
         texts = None if texts is None else [text for text in texts for _ in range(num_images)]
         total = conditions * num_images
         generators, seed = self._generators(generators, seed, total)
-        choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
         sampling = SamplingConfig(**choice)
-        if drafter is not None:
+        if row_window is not None:
+            if any(given is not None for given in (drafter, prefix, num_tokens)):
+                raise ValueError("row_window is for all tokens of a grid, without a drafter or a prefix")
+            draw = self._in_rows(sampling, row_window)
+        elif drafter is not None:
             if prefix is not None:
                 raise ValueError("a prefix is for plain decoding; leave the drafter out")
             draw = self._drafted(sampling, drafter, rule, eps, num_draft_tokens)
@@ -205,6 +213,14 @@ class TokenImagePipeline(DiffusionPipeline):
         fixed = dict(sampling=sampling, drafter=drafter, rule=rule, num_draft_tokens=num_draft_tokens)
         return lambda rows, condition, **options: speculate(self.generator, condition, **fixed, **options)
 
+    def _in_rows(self, sampling: SamplingConfig, window: int) -> Callable:
+        """What draws the tokens of a batch in rows that overlap."""
+
+        def draw(rows: slice, condition, *, num_tokens: None, **options):
+            return generate_rows(self.generator, condition, window=window, sampling=sampling, **options)
+
+        return draw
+
     def _draw(self, sampling: SamplingConfig, flow: dict[str, Any], prefix: Tensor | None, total: int) -> Callable:
         """What draws the tokens of a batch: a function of its rows and the arguments that all generators share."""
         flow = {name: value for name, value in flow.items() if value is not None}
@@ -221,7 +237,8 @@ class TokenImagePipeline(DiffusionPipeline):
             return draw_ids
         if sampling != SamplingConfig():
             raise ValueError(
-                "temperature, top_k, top_p and min_p choose among ids; this generator draws values: num_steps, solver, guidance_scale"
+                "temperature, top_k, top_p, min_p and typical_p choose among ids; this generator draws values: "
+                "num_steps, solver, guidance_scale"
             )
         sampling, codes = FlowSampling(**flow), code_table(self.tokenizer)
 

@@ -43,6 +43,10 @@ class Generate:
     """Choose among the likeliest tokens up to this much probability."""
     min_p: float = 0.0
     """Leave out tokens below this fraction of the likeliest one's probability."""
+    typical_p: float = 1.0
+    """Choose among the tokens that surprise as much as expected, up to this much probability."""
+    row_window: optional(int, "N", "default: rows one after another") = None
+    """Start a row of a grid when the row above has N tokens (ZipAR): several times quicker, other images."""
     num_steps: optional(int, "N", "default: 40") = None
     """Solver steps of an xAR's first entity (a cell, a scale, ...): fewer are quicker."""
     final_steps: optional(int, "N", "default: as the first") = None
@@ -93,8 +97,10 @@ class Generate:
         if self.int8:
             vistok.to_int8(pipe.generator)
         pipe.set_progress_bar_config(desc="generate", unit="token", disable=not shows_progress())
-        sampling = {name: getattr(self, name) for name in ("num_tokens", "guidance_scale", "temperature", "top_k", "top_p", "min_p")}
-        sampling |= {name: getattr(self, name) for name in ("num_steps", "final_steps", "solver") if getattr(self, name) is not None}
+        named = ("num_tokens", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "typical_p")
+        given = ("num_steps", "final_steps", "solver", "row_window")
+        sampling = {name: getattr(self, name) for name in named}
+        sampling |= {name: getattr(self, name) for name in given if getattr(self, name) is not None}
         if self.prefix is not None:
             sampling["prefix"] = read_prefix(self.prefix, pipe, self.prefix_entities)
         decoding = decode_options(pipe.tokenizer, num_steps=self.decode_steps)

@@ -1,7 +1,7 @@
 """From logits to an id: pure functions that reshape the law, and one that draws from it.
 
-    warp:    logits / temperature -> top_k -> top_p -> min_p            each one sees the law its predecessor left
-    sample:  the first id whose cumulative probability exceeds u        u uniform on [0, 1), one a draw
+    warp:    logits / temperature -> top_k -> top_p -> min_p -> typical_p   each one sees the law its predecessor left
+    sample:  the first id whose cumulative probability exceeds u            u uniform on [0, 1), one a draw
 
 Shapes: ... any, K codebook size.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vistok.decoding.typical import keep_typical
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class SamplingConfig:
     """Keep the fewest most probable ids whose mass reaches top_p; 1 keeps all."""
     min_p: float = 0.0
     """Keep ids at least min_p times as probable as the most probable; 0 keeps all."""
+    typical_p: float = 1.0
+    """Keep the ids whose surprise is nearest to the expected one, up to this much mass (`decoding.typical`); 1 keeps all."""
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -34,6 +38,8 @@ class SamplingConfig:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if not 0 < self.typical_p <= 1:
+            raise ValueError(f"typical_p must be in (0, 1], got {self.typical_p}")
 
 
 def keep_best(logits: Tensor) -> Tensor:
@@ -78,6 +84,8 @@ def warp(logits: Tensor, sampling: SamplingConfig) -> Tensor:
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p > 0:
         logits = keep_min_p(logits, sampling.min_p)
+    if sampling.typical_p < 1:
+        logits = keep_typical(logits, mass=sampling.typical_p)
     return logits
 
 

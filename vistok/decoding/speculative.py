@@ -14,6 +14,7 @@ B images, R rows (2B under guidance), N tokens, M draft tokens, V vocabulary.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from vistok import rng
 from vistok.decoding.draft import Draft, TreeShape
-from vistok.decoding.generate import guidance_schedule
+from vistok.decoding.generate import WORTH_PACKING, guidance_schedule
 from vistok.decoding.sampling import SamplingConfig, sample
 from vistok.decoding.state import DecodingState, TargetPass
 from vistok.decoding.stats import SpeculationStats, Tally
 from vistok.decoding.tuning import Pace, clock_for, plain_seconds
 from vistok.decoding.uniforms import GivenUniforms, Uniforms
 from vistok.decoding.walk import Verdict, walk, walk_chain
+from vistok.layers.packed import packed_linears
 from vistok.layers.placement import PlacedCache
 from vistok.tokens import VisualTokens
 
@@ -93,45 +95,53 @@ def speculate(
     else:
         of_position, stream = uniforms[:, :N].to(model.device), GivenUniforms(uniforms[:, N:].to(model.device))
     of_position = torch.cat([of_position[:, :N], of_position.new_zeros(B, M + 1)], dim=1)  # what overshoots is drawn and thrown away
-    state = _prefill(model, condition, of_position, stream, num_tokens=N, margin=M + 1, sampling=sampling,
-                     guidance_scale=guidance_scale)  # fmt: skip
+    state = read_prefix(model, condition, B, num_tokens=N, margin=M + 1, sampling=sampling, guidance_scale=guidance_scale, stream=stream)
+    _first_token(state, of_position)
     tally = Tally(B, drafter.num_nodes, device=model.device)
     reported = _report(on_step, state, 0)
-    pace, budget, clock = None, M if N > 1 else 0, clock_for(model.device)
+    clock, pace, budget = clock_for(model.device), None, M if N > 1 else 0
     if budget:
-        drafter.start(state)
-    while state.span[0] < N and budget:
         drafting = clock()
+        drafter.start(state)
         draft = drafter.propose(state, budget)
         drafting = clock() - drafting
-        if pace is None and (num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling))):
-            t0 = plain_seconds(model, state.num_rows, clock, lambda: _next_token(state, of_position)[0].item())
+        if num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling)):
+            with packed_linears(model, state.num_rows):
+                t0 = plain_seconds(model, state.num_rows, clock, lambda: _next_token(state, of_position)[0].item())
             pace = Pace(M, N, t0, can_shorten=draft.shape.is_chain)
-        verifying = clock()
-        verdict, target = verify(state, draft, rule, of_position)
-        tally.add(draft, verdict)
-        observing = clock()
-        drafter.observe(state, verdict, target)
-        ended = clock()
-        tally.drafter_seconds += drafting + ended - observing
-        if pace is not None:
-            pace.note(drafting + ended - verifying, state.span[0] - 1, tally.accepted)
-            budget = pace.budget
-        reported = _report(on_step, state, reported)
-    while state.span[0] < N:
-        tally.add_plain(state.active)
-        _take(state, _next_token(state, of_position))
-        reported = _report(on_step, state, reported)
+    is_worth_packing = N - state.span[0] >= WORTH_PACKING
+    with packed_linears(model, state.num_rows * (M + 1)) if budget and is_worth_packing else nullcontext():
+        while state.span[0] < N and budget:
+            verifying = clock()
+            verdict, target = verify(state, draft, rule, of_position)
+            tally.add(draft, verdict)
+            observing = clock()
+            drafter.observe(state, verdict, target)
+            ended = clock()
+            tally.drafter_seconds += drafting + ended - observing
+            if pace is not None:
+                pace.note(drafting + ended - verifying, state.span[0] - 1, tally.accepted)
+                budget = pace.budget
+            reported = _report(on_step, state, reported)
+            if budget and state.span[0] < N:
+                drafting = clock()
+                draft = drafter.propose(state, budget)
+                drafting = clock() - drafting
+    with packed_linears(model, state.num_rows) if N - state.span[0] >= WORTH_PACKING else nullcontext():
+        while state.span[0] < N:
+            tally.add_plain(state.active)
+            _take(state, _next_token(state, of_position))
+            reported = _report(on_step, state, reported)
     ids = state.ids[:, :N].clone()
     stats = tally.stats(num_tokens=B * N, seconds=time.perf_counter() - began, drafter=drafter, rule=rule, pace=pace)
     return VisualTokens.from_ids(ids, model.layout), stats
 
 
-def _prefill(
-    model, condition, of_position: Tensor, stream, *, num_tokens: int, margin: int, sampling: SamplingConfig, guidance_scale
+def read_prefix(
+    model, condition, num_images: int, *, num_tokens: int, margin: int, sampling: SamplingConfig, guidance_scale, stream
 ) -> DecodingState:
-    """Run the prefix and decide the first token as the plain loop does."""
-    B, N = len(of_position), num_tokens
+    """A pass over the condition: the state in which no token is decided yet. margin: places in cache and ids beyond the last token."""
+    B, N = num_images, num_tokens
     if not callable(guidance_scale):
         guidance_scale = guidance_schedule(model, guidance_scale)
     scales = [float(guidance_scale(step)) for step in range(N)]
@@ -140,7 +150,7 @@ def _prefill(
     cache = model.new_cache(rows, N + margin)
     ids = torch.zeros(B, N + margin, dtype=torch.int64, device=model.device)
     features = model.features(ids.new_empty(rows, 0), condition, cache=cache)
-    state = DecodingState(
+    return DecodingState(
         model=model,
         condition=condition,
         sampling=sampling,
@@ -150,14 +160,18 @@ def _prefill(
         num_tokens=N,
         stream=stream,
         ids=ids,
-        counts=ids.new_ones(B),
-        span=(1, 1),
+        counts=ids.new_zeros(B),
+        span=(0, 0),
         cache=PlacedCache(cache),
         features=features[:, -1],
     )
-    first = state.law(model.head(features[:, -1:]), ids[:, :1])[:, 0]
-    ids[:, 0] = sample(first, of_position[:, 0])
-    return state
+
+
+def _first_token(state: DecodingState, of_position: Tensor) -> None:
+    """Decide the first token from the condition, as the plain loop does."""
+    law = state.law(state.model.head(state.features[:, None]), state.counts[:, None])[:, 0]
+    state.ids[:, 0] = sample(law, of_position[:, 0])
+    state.counts, state.span = state.counts + 1, (1, 1)
 
 
 def verify(state: DecodingState, draft: Draft, rule, of_position: Tensor) -> tuple[Verdict, TargetPass]:

@@ -150,14 +150,18 @@ class _Gate(nn.Module):
         self.norm, self.score = nn.LayerNorm(config.width), nn.Linear(config.width, 1)
         nn.init.constant_(self.score.bias, -3.0)  # at first nearly everything stays
 
+    def gone(self, hidden: Tensor) -> Tensor:
+        """hidden: [B, Q, D]. Returns [B, Q] in (0, 1): how much each token is gone."""
+        return self.score(self.norm(hidden.detach().float()))[..., 0].sigmoid()
+
     def forward(self, view: StageView, candidates: Tensor) -> SoftChoice:
-        gone = self.score(self.norm(view.hidden.detach().float()))[..., 0].sigmoid()
+        gone = self.gone(view.hidden)
         return SoftChoice((-self.strength * gone).masked_fill(~candidates, 0), (1 - gone).masked_fill(~candidates, 0))
 
 
 @register
 class DeleteGate(LearnedPruner):
-    """MrT5's gate: a token is deleted by its own state."""
+    """MrT5's gate: a token is deleted by its own state. In vision transformers: `vistok.pruning.learned_vit`."""
 
     Config = DeleteGateConfig
 

@@ -77,7 +77,7 @@ def condition(model, batch):
 @pytest.mark.parametrize("case", DRAFTERS)
 def test_greedy_tokens_are_those_of_the_plain_loop(kind, case):
     model = make(kind)
-    for batch, scale in ((1, 1.0), (4, 2.5), (4, 1.0), (1, 2.5))[: 4 if kind == "grid" else 2]:
+    for batch, scale in ((4, 2.5), (1, 2.5), (4, 1.0))[: 3 if kind == "grid" else 1]:
         options = dict(sampling=GREEDY, generators=rng.image_generators(0, batch), guidance_scale=scale)
         expected, plain = generate(model, condition(model, batch), **options)
         got, stats = run(model, case, batch, sampling=GREEDY, scale=scale)

@@ -97,44 +97,76 @@ def speculate(
     of_position = torch.cat([of_position[:, :N], of_position.new_zeros(B, M + 1)], dim=1)  # what overshoots is drawn and thrown away
     state = read_prefix(model, condition, B, num_tokens=N, margin=M + 1, sampling=sampling, guidance_scale=guidance_scale, stream=stream)
     _first_token(state, of_position)
-    tally = Tally(B, drafter.num_nodes, device=model.device)
-    reported = _report(on_step, state, 0)
-    clock, pace, budget = clock_for(model.device), None, M if N > 1 else 0
-    if budget:
-        drafting = clock()
+    run = _Run(state, drafter, rule, of_position, on_step)
+    if M and N > 1:
+        run.draft(M, paces=lambda draft: num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling)))
+    run.finish()
+    ids = state.ids[:, :N].clone()
+    return VisualTokens.from_ids(ids, model.layout), run.stats(time.perf_counter() - began)
+
+
+class _Run:
+    """One call: steps that draft, then steps that do not."""
+
+    def __init__(self, state: DecodingState, drafter, rule, of_position: Tensor, on_step):
+        self.state, self.drafter, self.rule, self.of_position, self.on_step = state, drafter, rule, of_position, on_step
+        self.tally = Tally(state.num_images, drafter.num_nodes, device=state.ids.device)
+        self.pace: Pace | None = None
+        self._reported = 0
+        self._report()
+
+    def draft(self, budget: int, *, paces: Callable[[Draft], bool]) -> None:
+        """Draft and verify until every image is done, or drafting is found to lose. paces: whether that may be found, for such drafts."""
+        state, drafter, N = self.state, self.drafter, self.state.num_tokens
+        clock = clock_for(state.ids.device)
+        began = clock()
         drafter.start(state)
         draft = drafter.propose(state, budget)
-        drafting = clock() - drafting
-        if num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling)):
-            with packed_linears(model, state.num_rows):
-                t0 = plain_seconds(model, state.num_rows, clock, lambda: _next_token(state, of_position)[0].item())
-            pace = Pace(M, N, t0, can_shorten=draft.shape.is_chain)
-    is_worth_packing = N - state.span[0] >= WORTH_PACKING
-    with packed_linears(model, state.num_rows * (M + 1)) if budget and is_worth_packing else nullcontext():
-        while state.span[0] < N and budget:
-            verifying = clock()
-            verdict, target = verify(state, draft, rule, of_position)
-            tally.add(draft, verdict)
-            observing = clock()
-            drafter.observe(state, verdict, target)
-            ended = clock()
-            tally.drafter_seconds += drafting + ended - observing
-            if pace is not None:
-                pace.note(drafting + ended - verifying, state.span[0] - 1, tally.accepted)
-                budget = pace.budget
-            reported = _report(on_step, state, reported)
-            if budget and state.span[0] < N:
-                drafting = clock()
+        drafting = clock() - began
+        if paces(draft):
+            with packed_linears(state.model, state.num_rows):
+                one = lambda: _next_token(state, self.of_position)[0].item()  # noqa: E731
+                t0 = plain_seconds(state.model, state.num_rows, clock, one)
+            self.pace = Pace(budget, N, t0, can_shorten=draft.shape.is_chain)
+        with packed_linears(state.model, state.num_rows * (budget + 1)) if N >= WORTH_PACKING else nullcontext():
+            while True:
+                verifying = clock()
+                verdict, target = verify(state, draft, self.rule, self.of_position)
+                self.tally.add(draft, verdict)
+                observing = clock()
+                drafter.observe(state, verdict, target)
+                ended = clock()
+                self.tally.drafter_seconds += drafting + ended - observing
+                if self.pace is not None:
+                    self.pace.note(drafting + ended - verifying, state.span[0] - 1, self.tally.accepted)
+                    budget = self.pace.budget
+                self._report()
+                if not budget or state.span[0] == N:
+                    return
+                began = clock()
                 draft = drafter.propose(state, budget)
-                drafting = clock() - drafting
-    with packed_linears(model, state.num_rows) if N - state.span[0] >= WORTH_PACKING else nullcontext():
-        while state.span[0] < N:
-            tally.add_plain(state.active)
-            _take(state, _next_token(state, of_position))
-            reported = _report(on_step, state, reported)
-    ids = state.ids[:, :N].clone()
-    stats = tally.stats(num_tokens=B * N, seconds=time.perf_counter() - began, drafter=drafter, rule=rule, pace=pace)
-    return VisualTokens.from_ids(ids, model.layout), stats
+                drafting = clock() - began
+
+    def finish(self) -> None:
+        """Plain decoding of what is left, a pass over the roots for a token each."""
+        state = self.state
+        with packed_linears(state.model, state.num_rows) if state.num_tokens - state.span[0] >= WORTH_PACKING else nullcontext():
+            while state.span[0] < state.num_tokens:
+                self.tally.add_plain(state.active)
+                _take(state, _next_token(state, self.of_position))
+                self._report()
+
+    def stats(self, seconds: float) -> SpeculationStats:
+        """The numbers of the call."""
+        made = self.state.num_images * self.state.num_tokens
+        return self.tally.stats(num_tokens=made, seconds=seconds, drafter=self.drafter, rule=self.rule, pace=self.pace)
+
+    def _report(self) -> None:
+        """Tell the callback of every position that all images have passed."""
+        if self.on_step is not None:
+            for step in range(self._reported, self.state.span[0]):
+                self.on_step(step, self.state.ids[:, : step + 1])
+        self._reported = self.state.span[0]
 
 
 def read_prefix(
@@ -236,11 +268,3 @@ def _take(state: DecodingState, token: Tensor) -> None:
 def _is_free(draft: Draft, rule, sampling: SamplingConfig) -> bool:
     """Whether the tokens do not depend on what is drafted: those of the plain loop come out of any draft."""
     return rule.exact and (draft.drawn == "deterministic" or sampling.temperature == 0)
-
-
-def _report(on_step, state: DecodingState, reported: int) -> int:
-    """Tell the callback of every position that all images have passed."""
-    if on_step is not None:
-        for step in range(reported, state.span[0]):
-            on_step(step, state.ids[:, : step + 1])
-    return state.span[0]

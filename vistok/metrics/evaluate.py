@@ -23,7 +23,7 @@ from vistok.metrics.sources import ImageSource, batches, choose
 from vistok.rng import image_generators
 from vistok.tokens import TokenLayout, VisualTokens
 
-_NOT_OPTIONS = ("tokens", "generators", "noise", "on_step")
+_NOT_OPTIONS = ("tokens", "generators", "noise", "on_step", "text", "unclip")
 
 
 def evaluate_reconstruction(
@@ -261,9 +261,9 @@ def _effective_options(tokenizer, given: dict) -> dict:
 
 
 def _options_of_decode(tokenizer) -> dict:
-    """Options of `decode` and their defaults; one that hands its options on takes those of `decode_to_latents`."""
+    """Options of `decode` and their defaults; FlexTok's hands its options on to `decode_to_latents`, SEED's to a pipeline not used here."""
     parameters = dict(inspect.signature(tokenizer.decode).parameters)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and hasattr(tokenizer, "decode_to_latents"):
         parameters |= inspect.signature(tokenizer.decode_to_latents).parameters
     return {name: p.default for name, p in parameters.items() if name not in _NOT_OPTIONS and p.kind is p.KEYWORD_ONLY}
 

@@ -24,7 +24,7 @@ def peer(shape):
 @pytest.mark.slow
 def test_it_times_ours_against_transformers_and_a_peer_in_one_run(tmp_path, capsys):
     pytest.importorskip("transformers")
-    main(BenchConfig(size="small", num_tokens=18, rounds=1, peer="tests.test_bench_generators:peer", out=tmp_path / "figures.json"))
+    main(BenchConfig(size="small", num_tokens=18, rounds=1, peer=f"{__name__}:peer", out=tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [row["name"] for row in figures["rows"]] == ["transformers", "peer", "vistok, plain", "vistok", "vistok, int8"]
     assert figures["errors"][0]["largest"] < 1e-4 and figures["errors"][0]["same_best_id"] == 1

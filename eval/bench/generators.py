@@ -3,6 +3,7 @@
     python -m eval.bench.generators                          # 111 M parameters, 256 tokens, about two minutes on two cores
     python -m eval.bench.generators --size small             # 10 M parameters, 64 tokens, seconds
     python -m eval.bench.generators --peer my_module:build   # adds another implementation
+    python -m eval.bench.generators --compile                # adds torch.compile; --device cuda runs all of it on a GPU, without int8
 
 Weights are random (timing does not depend on them), float32, equal in number and shape: gpt-b here, a LlamaForCausalLM there. Guidance is
 two rows, conditional and unconditional, whose logits are mixed; ids are the most probable ones, so that all do the same. Whole calls are
@@ -66,6 +67,10 @@ class BenchConfig:
     """Mixes the two rows; 1 leaves one row."""
     threads: int | None = None
     """Threads PyTorch may use; its own choice by default."""
+    device: str = "cpu"
+    """Where all of it runs."""
+    compile: bool = False
+    """Add the same model under torch.compile; compiling takes minutes and is not timed."""
     no_transformers: bool = False
     """Leave transformers out."""
     peer: str | None = None
@@ -79,12 +84,12 @@ def main(config: BenchConfig) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     shape = SIZES[config.size]
-    model = build(shape)
+    device = torch.device(config.device)
+    model = build(shape).to(device)
     N = config.num_tokens or model.max_tokens
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(device)
     describe(config, model, N, bandwidth)
-    int8 = to_int8(build(shape))
-    ways = {} if config.no_transformers else {"transformers": transformers_way(shape)}
+    ways = {} if config.no_transformers else {"transformers": transformers_way(shape, device)}
     if config.peer is not None:
         module, _, function = config.peer.partition(":")
         if not module or not function:
@@ -92,12 +97,20 @@ def main(config: BenchConfig) -> None:
         ways["peer"] = getattr(importlib.import_module(module), function)(shape)
     ways["vistok, plain"] = lambda *arguments: plain_loop(model, *arguments)
     ways["vistok"] = lambda *arguments: our_way(model, *arguments)
-    ways["vistok, int8"] = lambda *arguments: our_way(int8, *arguments)
+    if config.compile:
+        compiled = build(shape).to(device)
+        compiled.compile(fullgraph=True)
+        ways["vistok, compiled"] = lambda *arguments: our_way(compiled, *arguments)
+    if device.type == "cpu":
+        int8 = to_int8(build(shape))
+        ways["vistok, int8"] = lambda *arguments: our_way(int8, *arguments)
     rows = measure(config, ways, model, N, bandwidth)
-    errors = [logit_errors("packed, random weights", model, model, N), logit_errors("int8, random weights", model, int8, N)]
-    for name in BUNDLED:
-        trained = vistok.load(name).generator
-        errors.append(logit_errors(f"int8, {name}", trained, to_int8(vistok.load(name).generator), trained.max_tokens))
+    errors = [logit_errors("packed, random weights", model, model, N)]
+    if device.type == "cpu":
+        errors.append(logit_errors("int8, random weights", model, int8, N))
+        for name in BUNDLED:  # these lie on disk as int8, so that their rounding is in both
+            trained = vistok.load(name).generator
+            errors.append(logit_errors(f"int8, {name}", trained, to_int8(vistok.load(name).generator), trained.max_tokens))
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         figures = {"config": asdict(config) | {"out": str(config.out)}, "bandwidth": bandwidth, "rows": rows, "errors": errors}
@@ -111,16 +124,24 @@ def build(shape: Shape) -> GPT:
     return vistok.create("gpt-b", **fields, codebook_size=shape.vocab_size, layout_shape=(shape.grid, shape.grid), num_classes=1).eval()
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that the threads can read: the better of a sum and of a one-row product, over half a GiB."""
-    table, vector = torch.ones(16384, 8192), torch.ones(1, 16384)
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second that can be read: the better of a sum and of a one-row product, over half a GiB."""
+    table, vector = torch.ones(16384, 8192, device=device), torch.ones(1, 16384, device=device)
     best = 0.0
     for _ in range(4):
         for read in (table.sum, lambda: vector @ table):
+            wait(device)
             began = time.perf_counter()
             read()
+            wait(device)
             best = max(best, table.nbytes / (time.perf_counter() - began))
     return best
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def step_bytes(model: GPT, rows: int, num_tokens: int, *, weight_bytes: int = 4) -> int:
@@ -144,7 +165,7 @@ def plain_loop(model: GPT, num_tokens: int, guidance_scale: float, on_step: Call
     condition = model.make_condition(1, labels=[0])
     condition = condition if guidance_scale == 1 else condition.and_null()
     rows = len(condition.labels)
-    cache, ids = model.new_cache(rows, num_tokens), torch.empty(rows, 0, dtype=torch.int64)
+    cache, ids = model.new_cache(rows, num_tokens), torch.empty(rows, 0, dtype=torch.int64, device=model.device)
     for step in range(num_tokens):
         logits = model(ids, condition if step == 0 else None, cache=cache)[:, -1]
         logits = logits if rows == 1 else logits[1:] + guidance_scale * (logits[:1] - logits[1:])
@@ -152,7 +173,7 @@ def plain_loop(model: GPT, num_tokens: int, guidance_scale: float, on_step: Call
         on_step()
 
 
-def transformers_way(shape: Shape) -> Callable:
+def transformers_way(shape: Shape, device: torch.device) -> Callable:
     """transformers' own generate on two rows, with a logits processor that mixes them."""
     from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
@@ -161,7 +182,7 @@ def transformers_way(shape: Shape) -> Callable:
         intermediate_size=shape.hidden, max_position_embeddings=shape.grid**2 + 1, tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    llama = LlamaForCausalLM(config).eval()
+    llama = LlamaForCausalLM(config).eval().to(device)
 
     class Guide(LogitsProcessor):
         def __init__(self, scale: float, on_step: Callable[[], None]):
@@ -175,7 +196,7 @@ def transformers_way(shape: Shape) -> Callable:
             return guided.expand(2, -1)
 
     def way(num_tokens: int, guidance_scale: float, on_step: Callable[[], None]) -> None:
-        ids = torch.tensor([[1], [2]])[: 1 if guidance_scale == 1 else 2]
+        ids = torch.tensor([[1], [2]], device=device)[: 1 if guidance_scale == 1 else 2]
         guide = LogitsProcessorList([Guide(guidance_scale, on_step)])
         llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, logits_processor=guide)
 
@@ -190,12 +211,17 @@ def measure(config: BenchConfig, ways: dict[str, Callable], model: GPT, N: int, 
     calls: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     order = list(ways)
     for name in order:
-        ways[name](8, config.guidance_scale, lambda: None)  # warm up
+        ways[name](20, config.guidance_scale, lambda: None)  # warm up: more than the 16 steps from which weights are packed
     for number in range(config.rounds):
         for name in order if number % 2 == 0 else reversed(order):
             stamps: list[float] = []
+
+            def stamp(stamps=stamps) -> None:
+                wait(model.device)
+                stamps.append(time.perf_counter())
+
             began = time.perf_counter()
-            ways[name](N, config.guidance_scale, lambda stamps=stamps: stamps.append(time.perf_counter()))
+            ways[name](N, config.guidance_scale, stamp)
             seconds = time.perf_counter() - began
             if len(stamps) != N:
                 raise RuntimeError(f"{name} made {len(stamps)} steps instead of {N}")
@@ -253,7 +279,7 @@ def describe(config: BenchConfig, model: GPT, N: int, bandwidth: float) -> None:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     read = step_bytes(model, 1 if config.guidance_scale == 1 else 2, N) / 1e6
     print(f"model:     {config.size}, {size:.1f} M parameters; a step reads {read:.0f} MB in float32")
-    print(f"work:      1 image of {N} tokens, guidance {config.guidance_scale}, {config.rounds} rounds")
+    print(f"work:      1 image of {N} tokens on {config.device}, guidance {config.guidance_scale}, {config.rounds} rounds")
     print(f"memory:    {bandwidth / 1e9:.1f} GB/s read\n")
 
 

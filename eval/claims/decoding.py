@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +23,7 @@ import tyro
 
 import vistok
 from eval.claims.decoding_report import draw_curve, markdown, verdicts
-from vistok.decoding import GenerationStats, generate
+from vistok.decoding import GenerationStats, generate, generate_rows
 from vistok.decoding.accept import make_rule
 from vistok.decoding.drafters import make_drafter
 from vistok.decoding.speculative import speculate
@@ -107,6 +108,9 @@ def settings(config: Config, layout) -> list[Setting]:
         *(Setting(f"SJD, budget {e}", "budget", "jacobi", window, "lantern_budget", {"eps": e}) for e in (0.1, 0.2, 0.4)),
         *(Setting(f"SJD, mixture {e}", "budget", "jacobi", window, "mixture", {"eps": e}) for e in (0.2, 0.4)),
     ]
+    if layout.kind == "grid":
+        windows = sorted({max(layout.shape[1] // part, 1) for part in (4, 2)})
+        found += [Setting(f"ZipAR window {w}", "zipar", schedule=partial(generate_rows, window=w)) for w in windows]
     return found
 
 
@@ -162,12 +166,15 @@ def measure(config: Config) -> dict:
         images, stats = in_batches(run, setting, config)
         same = images if same is None else same
         found = features_of(net, images)
-        passes = getattr(stats, "image_passes", 0) or stats.num_tokens  # of the plain loop: one a token
+        drafted = getattr(stats, "image_passes", 0)  # an image's own, without the pass that reads the condition
+        passes = (
+            drafted + stats.num_images if drafted else stats.target_passes / -(-config.num_samples // config.batch_size) * stats.num_images
+        )
         spent = getattr(stats, "total_variation_spent", 0.0)
         rows[setting.name] = {
             "family": setting.family,
-            "passes_per_image": (passes + (stats.num_images if getattr(stats, "image_passes", 0) else 0)) / stats.num_images,
-            "tokens_per_pass": stats.accepted_per_step if hasattr(stats, "accepted_per_step") else 1.0,
+            "passes_per_image": passes / stats.num_images,
+            "tokens_per_pass": stats.num_tokens / passes,
             "acceptance": list(getattr(stats, "acceptance_by_depth", ())),
             "spent_per_token": None if spent is None else spent / stats.num_tokens,
             "frechet_plain": frechet_between(found, features["plain"]),

@@ -194,9 +194,13 @@ def test_training_through_a_reduced_model_gives_the_same_gradients_with_checkpoi
 
 
 @pytest.mark.slow
-def test_a_reduced_model_compiles_to_one_graph():
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("tome", {"keep_ratio": 0.5}), ("pitome", {"layer_keep_ratio": 0.8}), ("zero_tprune", {"num_similar": 2}), ("diffrate", {})],
+)
+def test_a_reduced_model_compiles_to_one_graph(method, options):
     torch.compiler.reset()
     model, x = build("plain"), images()
-    with torch.no_grad(), vistok.prune(model, "tome", keep_ratio=0.5):
+    with torch.no_grad(), vistok.prune(model, method, **options):
         expected = model(x)
         torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)

@@ -60,6 +60,17 @@ def test_generation_with_packed_layers_gives_the_tokens_and_logits_of_plain_ones
     assert max(float((a - b).abs().max()) for a, b in zip(seen[:half], seen[half:])) < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_autocast_works_in_packed_layers_too(rows):
+    model = make()
+    condition, ids = model.make_condition(rows), torch.zeros(rows, 3, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids, condition)
+        with packed_linears(model, rows):
+            assert torch.allclose(model(ids, condition).float(), expected.float(), atol=0.1)
+
+
 def test_weights_that_change_between_two_calls_are_read_anew():
     model = make()
     condition, greedy = model.make_condition(1), dict(uniforms=torch.zeros(1, 25), sampling=SamplingConfig(temperature=0))

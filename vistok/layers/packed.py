@@ -67,7 +67,7 @@ def _transposed(layer: nn.Linear):
     weight, bias = layer.weight.detach().t().contiguous(), layer.bias
 
     def forward(x: Tensor) -> Tensor:
-        return x @ weight if bias is None else torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+        return torch.matmul(x, weight) if bias is None else torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
     return forward
 
@@ -77,7 +77,7 @@ def _blocked(layer: nn.Linear, rows: int):
     product = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(x: Tensor) -> Tensor:
-        if not x.numel():  # the kernel takes no empty input
+        if not x.numel() or x.dtype != torch.float32:  # the kernel takes no empty input, and none of autocast's
             return F.linear(x, layer.weight, bias)
         return product(x, weight, bias, "none", [], "")
 
@@ -112,8 +112,8 @@ class Int8Linear(nn.Module):
         self._ends = F.pad(torch.tensor([[-_DIGIT - 1.0, float(_DIGIT)]]), (self.in_features, 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., I] float32, returns [..., O]; no gradient."""
-        rows = x.detach().reshape(-1, self.in_features)
+        """x: [..., I], returns [..., O] float32; no gradient."""
+        rows = x.detach().reshape(-1, self.in_features).float()
         B = len(rows)
         largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).clamp_min(1e-30)
         rows = rows * (_DIGIT / largest)

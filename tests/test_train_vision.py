@@ -139,3 +139,18 @@ def test_scenes_of_two_processes_are_those_of_one():
     half = next(iter(task.make_loader(config, 8, 1, 2)))
     assert torch.equal(half.images, whole.images[1::2]) and whole.positions.tolist() == [8, 9, 10, 11]
     assert half.positions.tolist() == [9, 11]
+
+
+def test_the_bundled_vlm_reads_words_and_needs_its_picture():
+    from eval.pruning_measure import Asked, run_vlm, scene_questions
+
+    model = vistok.load("vistok/emoji-vlm")
+    every = scene_questions(model, 32)
+    chosen = [number for number, kind in enumerate(every.kinds) if kind == "read"]
+    fields = [[values[number] for number in chosen] for values in (every.images, every.texts, every.answers, every.kinds)]
+    asked = Asked(*fields)
+    full, reference = run_vlm(model, asked, None, None)
+    blank, _ = run_vlm(model, asked.without_pictures(), reference, None)
+    pruned, _ = run_vlm(model, asked, reference, "fastv", layer=2, keep_ratio=0.5)
+    assert full.right.float().mean() > 0.8 and blank.right.float().mean() < 0.2
+    assert pruned.macs_ratio < 0.75 and pruned.cache_bytes < full.cache_bytes

@@ -1,6 +1,6 @@
 """Token reduction on the bundled test subjects: accuracy against multiply-adds of every method, and which published orderings hold.
 
-    python -m eval.claims.pruning --out runs/claims-pruning                       both subjects: about 6 minutes on a CPU core
+    python -m eval.claims.pruning --out runs/claims-pruning                       both subjects: about 3 minutes on a CPU core
     python -m eval.claims.pruning --out runs/claims-pruning --num-images 100      a minute; wide intervals
 
 Every setting sees the same held-out images (or questions), so two settings are compared image by image: the interval of a difference is

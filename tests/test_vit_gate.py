@@ -62,3 +62,29 @@ def test_what_does_not_fit_is_refused():
         SoftViT(model, deep)
     with pytest.raises(ValueError, match="keep_ratio=2"):
         GatedTokens(gate=gate, keep_ratio=2)
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_gates_on_a_frozen_classifier(tmp_path):
+    import json
+
+    from vistok.training.recipes.pruner import train_pruner
+    from vistok.training.recipes.vision import train_classifier
+
+    short = {"batch_size": 4, "progress": False, "log_every": 1}
+    classifier = train_classifier("vit-tiny", out=tmp_path / "vit", max_steps=2, preview_every=0, **short)
+    folder = train_pruner(
+        "vit-gate-tiny", out=tmp_path / "run", target=str(classifier), max_steps=15, preview_every=15, learning_rate=0.05, **short
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [line["kept_0"] for line in lines if "kept_0" in line]
+    assert abs(kept[-1] - 0.5) < abs(kept[0] - 0.5)
+    assert any("held_out_agreement_uniform" in line for line in lines)
+    model = vistok.load(classifier)
+    with torch.no_grad(), vistok.prune(model, GatedTokens(gate=vistok.load(folder), keep_ratio=0.5)) as pruned:
+        model(torch.rand(2, 3, 48, 48))
+    assert pruned.stats().num_tokens[-1] == 1 + 18
+    with pytest.raises(ValueError, match="reads 48 pixels"):
+        train_pruner("vit-gate-tiny", out=tmp_path / "x", target=str(classifier), image_size=64)
+    with pytest.raises(ValueError, match="no model of `vistok train vlm`"):
+        train_pruner("atp-tiny", out=tmp_path / "x", target=str(classifier))

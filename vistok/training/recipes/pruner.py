@@ -1,4 +1,4 @@
-"""Recipes of learned pruners, for vision-language models that answer questions about the rendered scenes."""
+"""Recipes of learned pruners: for vision-language models that answer questions about the rendered scenes, and for image classifiers."""
 
 import math
 from collections.abc import Callable
@@ -14,24 +14,51 @@ PAPER_LAYERS, PAPER_DEPTH = (4, 14, 24), 32
 
 
 def train_pruner(name: str, *, out: Path, target: str, target_share: float | None = None, resume: bool = False, **overrides) -> Path:
-    """Run a pruner recipe for the vision-language model `target` (run folder, bundled name); overrides replace fields of its TrainConfig.
+    """Run a pruner recipe for the frozen model `target` (run folder, bundled name); overrides replace fields of its TrainConfig.
 
-    target_share: mean share of visual tokens that stay, None: the recipe's. Returns the run folder. Raises ValueError: the model has no
-    processor of `vistok train vlm`, whose words the questions are in.
+    target_share: share of visual tokens that stay, None: the recipe's. Returns the run folder. Raises ValueError: the target is not of
+    `vistok train vlm` (atp, delete-gate), in whose words the questions are, or no vision transformer of timm (vit-gate).
     """
     import vistok
-    from vistok.training.tasks.vlm import QuestionScenes
 
     chosen = get_recipe(name, "pruner")
     config = replace(chosen.train, out=Path(out), **overrides)
+    model = vistok.load(target)
+    dataset, held_out = _question_data(target, model, config) if chosen.train.data == "questions" else _image_data(target, model, config)
+    sources = Sources(target=(model, str(target), target_share), held_out=held_out)
+    task = seeded_build(lambda: chosen.build(sources), config.seed)
+    return train(task, dataset, config, resume=resume, recipe_name=name)
+
+
+def _question_data(target: str, model, config: TrainConfig) -> tuple:
+    from vistok.data.scenes import vocabulary
+    from vistok.training.tasks.vlm import IMAGE, QuestionScenes
+
     if config.data != "questions":
         raise ValueError(f"data={config.data!r} but these recipes learn from the rendered question scenes: questions")
-    model = vistok.load(target)
-    if not hasattr(model, "processor") or "<image>" not in model.processor.tokenizer.get_vocab():
-        raise ValueError(f"{target} is no model of `vistok train vlm`: a pruner learns from the questions that such a model answers")
-    sources = Sources(target=(model, str(target), target_share))
-    task = seeded_build(lambda: chosen.build(sources), config.seed)
-    return train(task, QuestionScenes(), config, resume=resume, recipe_name=name)
+    words = model.processor.tokenizer.get_vocab() if hasattr(model, "processor") else {}
+    missing = [word for word in (IMAGE, *vocabulary()) if word not in words]
+    if missing:
+        raise ValueError(
+            f"{target} is no model of `vistok train vlm`: a pruner learns from questions in its words, and it does not know {missing[0]!r}"
+        )
+    return QuestionScenes(), None
+
+
+def _image_data(target: str, model, config: TrainConfig) -> tuple:
+    from vistok.data import open_dataset
+    from vistok.pruning.blocks import parts_of
+
+    parts_of(model)  # refuses what is no vision transformer
+    size = getattr(model.patch_embed, "img_size", (config.image_size,))[0]
+    if size != config.image_size:
+        raise ValueError(f"image_size={config.image_size} but {target} reads {size} pixels")
+    options = {"image_size": config.image_size, "on_bad_image": config.on_bad_image}
+    dataset = open_dataset(config.data, **options)
+    try:
+        return dataset, open_dataset(config.data, split="test", **options)
+    except ValueError:  # a small folder can be without a test split
+        return dataset, None
 
 
 @recipe
@@ -56,6 +83,18 @@ def delete_gate_tiny() -> Recipe:
 def delete_gate_emoji() -> Recipe:
     """Delete gates on emoji-vlm, a quarter of the visual tokens left on average; about 5 minutes on a CPU core."""
     return Recipe("pruner", _emoji(), _delete_gate)
+
+
+@recipe
+def vit_gate_tiny() -> Recipe:
+    """Delete gates on a classifier of `vistok train classifier --recipe vit-tiny`; seconds on two CPU cores."""
+    return Recipe("pruner", _tiny(data="scenes", image_size=48, flip=False, max_steps=30), _vit_gate)
+
+
+@recipe
+def vit_gate_emoji() -> Recipe:
+    """Delete gates on emoji-vit, half of the patches left behind the last; about 4 minutes on a CPU core."""
+    return Recipe("pruner", replace(_emoji(), data="scenes", image_size=48, max_steps=300, batch_size=32), _vit_gate)
 
 
 def _emoji() -> TrainConfig:
@@ -95,3 +134,15 @@ def _delete_gate(target, layers: tuple[int, ...]):
     from vistok.pruning.learned import DeleteGate, DeleteGateConfig
 
     return DeleteGate(DeleteGateConfig(layers=layers, width=target.config.text_config.hidden_size))
+
+
+def _vit_gate(sources: Sources) -> TrainingTask:
+    from vistok.pruning.learned import DeleteGate, DeleteGateConfig
+    from vistok.training.tasks.pruner import GateTask, GateTaskConfig
+
+    target, name, share = sources.target
+    depth = len(target.blocks)
+    layers = tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
+    config = GateTaskConfig() if share is None else GateTaskConfig(target=share)
+    model = DeleteGate(DeleteGateConfig(layers=layers, width=target.embed_dim))
+    return GateTask(model, target, config, target_name=name, held_out=sources.held_out)

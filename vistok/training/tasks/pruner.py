@@ -1,4 +1,5 @@
-"""Train a learned pruner on a frozen vision-language model, on question scenes: answers stay right while few visual tokens stay.
+"""Train a learned pruner on a frozen vision-language model, on question scenes: answers stay right while few visual tokens stay; and
+gates on a frozen vision transformer.
 
     loss = CE(answers of the softly pruned model) + a sum_l N_l / N l + b |mean_l N_l - N_target| + c sum_l max(0, floor N - N_l)
 
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vistok.data.scenes import TEST, question_scene
-from vistok.pruning.learned import LearnedPruner, SoftLayers, budget_loss
+from vistok.pruning.learned import DeleteGate, LearnedPruner, SoftLayers, budget_loss
+from vistok.pruning.learned_vit import GatedTokens, SoftViT
 from vistok.training.config import TrainConfig
 from vistok.training.task import TrainingTask
 from vistok.training.tasks.vlm import QuestionBatch, VLMTask, VLMTaskConfig
@@ -96,3 +98,62 @@ class PrunerTask(TrainingTask):
         target = batch.targets[:, 1:]
         is_asked = target >= 0
         return float((self._logits(batch)[is_asked].argmax(dim=-1) == target[is_asked]).float().mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateTaskConfig:
+    """The budget of gates in a vision transformer and its weight."""
+
+    target: float = 0.5
+    """Share of the patches behind the last gate; each gate takes the same share of what reaches it."""
+    budget_weight: float = 5.0
+
+    def __post_init__(self):
+        if not 0 < self.target <= 1 or self.budget_weight < 0:
+            raise ValueError(f"target={self.target} is in (0, 1], budget_weight={self.budget_weight} not negative")
+
+
+class GateTask(TrainingTask):
+    """Train `model`, a delete gate, for a frozen image classifier of timm: its answers are the labels.
+
+    loss = KL(classifier || softly gated classifier) + w mean_l (mean share kept by gate l - its share of the budget)^2
+    """
+
+    def __init__(self, model: DeleteGate, target: nn.Module, config: GateTaskConfig, *, target_name: str, held_out=None):
+        super().__init__()
+        self.model, self.config, self.target_name, self.held_out = model, config, target_name, held_out
+        self.target = target.requires_grad_(False).eval()
+
+    def describe(self) -> dict:
+        return {**super().describe(), "target": self.target_name}
+
+    def forward(self, batch, generators, step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one micro batch; logs the share of patches behind each gate and how often the answer is the classifier's own."""
+        with torch.no_grad():
+            wanted = self.target(batch.images).log_softmax(dim=-1)
+        with SoftViT(self.target, self.model) as soft:
+            logits = self.target(batch.images).log_softmax(dim=-1)
+        distance = F.kl_div(logits, wanted, log_target=True, reduction="batchmean")
+        kept = torch.stack([mask.mean() for mask in soft.kept])
+        shares = GatedTokens(gate=self.model, keep_ratio=self.config.target).shares()
+        budget = (kept - torch.tensor(shares, device=kept.device)).square().mean()
+        logs = {f"kept_{number}": share for number, share in enumerate(kept)}
+        logs |= {"distance": distance, "agreement": (logits.argmax(dim=-1) == wanted.argmax(dim=-1)).float().mean()}
+        return distance + self.config.budget_weight * budget, {name: value.detach() for name, value in logs.items()}
+
+    @torch.no_grad()
+    def preview(self, step: int) -> dict[str, Image.Image | float]:
+        """On held-out images: how often the classifier still says the same with patches dropped, by the gate and evenly spaced."""
+        from vistok.data import BatchLoader
+        from vistok.pruning import prune
+
+        if self.held_out is None:
+            return {}
+        batch = next(iter(BatchLoader(self.held_out, batch_size=min(128, len(self.held_out)), seed=0, flip=False)))
+        images = batch.to(next(self.model.parameters()).device).images
+        wanted, figures = self.target(images).argmax(dim=-1), {}
+        gated = GatedTokens(gate=self.model, keep_ratio=self.config.target)
+        for name, method, options in (("gate", gated, {}), ("uniform", "uniform", {"keep_ratio": self.config.target})):
+            with prune(self.target, method, **options):
+                figures[f"held_out_agreement_{name}"] = float((self.target(images).argmax(dim=-1) == wanted).float().mean())
+        return figures

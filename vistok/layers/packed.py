@@ -1,7 +1,8 @@
 """Linear layers laid out for decoding: a step of a few rows costs what reading its weights costs, so how they lie decides its speed.
 
-    one row             the transposed matrix, read once by a vector product
-    2 to 16 rows        the blocks of oneDNN's own kernel, which serve all rows in one reading; a plain product reads them at half the speed
+    one row             the transposed matrix, read by a vector product; with more than two threads as below, since that product uses one
+    2 to 16 rows        the blocks of oneDNN's own kernel, which serves all rows in one reading, with all threads; a plain product reads at
+                        half the speed, with one thread
     int8 (`to_int8`)    a quarter of the bytes: w = s q, q in -127 ... 127, s one number an output; about 0.4 % of a row's largest weight
 
 With int8 the inputs keep 14 bits, as two digits of 7 that go through one product of integers:
@@ -41,7 +42,7 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
     if sum(layer.weight.nbytes for layer in layers) > _total_memory() / 4:
         layers = []
     for layer in layers:
-        layer.forward = _transposed(layer) if rows == 1 else _blocked(layer, rows)
+        layer.forward = _transposed(layer) if rows == 1 and torch.get_num_threads() <= 2 else _blocked(layer, rows)
     try:
         yield
     finally:
@@ -115,14 +116,14 @@ class Int8Linear(nn.Module):
         """x: [..., I], returns [..., O] float32; no gradient."""
         rows = x.detach().reshape(-1, self.in_features).float()
         B = len(rows)
-        largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).clamp_min(1e-30)
-        rows = rows * (_DIGIT / largest)
+        unit = rows.abs().amax(-1, keepdim=True).clamp_min_(1e-30).div_(_DIGIT)
+        rows = rows / unit
         digits = self._ends.expand(2 * B, -1).clone()
         high = torch.round(rows, out=digits[:B, :-2])
         torch.sub(rows, high, out=digits[B:, :-2]).mul_(2 * _DIGIT).round_()
         # 7 bits: 8 would overflow the 16-bit sums of processors without VNNI
         made = torch.ops.quantized.linear_dynamic(digits, self._packed, True)
-        out = torch.add(made[:B], made[B:], alpha=1 / (2 * _DIGIT)) * (largest / _DIGIT)
+        out = torch.add(made[:B], made[B:], alpha=1 / (2 * _DIGIT)).mul_(unit)
         return (out if self.bias is None else out + self.bias).unflatten(0, x.shape[:-1])
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

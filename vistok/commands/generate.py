@@ -77,7 +77,7 @@ class Generate:
     batch_size: int = 32
     """Images in memory at once; the result does not depend on it."""
     int8: bool = False
-    """Round the generator's matrices to int8: larger ones decode about twice as fast on a CPU, the images are slightly others."""
+    """Round the generator's matrices to int8: large ones decode faster on a CPU, and the images are slightly others."""
     device: Device = None
     """Where the models run: cpu, cuda, cuda:1, mps."""
     threads: Threads = None

@@ -16,7 +16,7 @@ def lavit_tiny() -> Recipe:
 
 @recipe
 def lavit_emoji() -> Recipe:
-    """About 26 of up to 64 tokens of up to 1,024 codes for 64 px images, 2.9 M parameters; XX minutes on one CPU core."""
+    """About 26 of up to 64 tokens of up to 1,024 codes for 64 px images, 2.9 M parameters; about 20 minutes on one CPU core."""
     config = TrainConfig(
         out=Path(), data="emoji", image_size=64, max_steps=3400, batch_size=16, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.02,
         warmup_steps=100, schedule="trapezoid", decay_fraction=0.4, final_fraction=0.02, ema_decay=0.995, shift=4, save_every=400,

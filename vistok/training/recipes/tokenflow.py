@@ -20,7 +20,7 @@ def tokenflow_tiny() -> Recipe:
 
 @recipe
 def tokenflow_emoji() -> Recipe:
-    """1 + 4 + 16 + 64 tokens of up to 2,048 codes for 64 px images; 2,000 of 4,600 steps on captions alone; 17 minutes on one CPU core."""
+    """1 + 4 + 16 + 64 tokens of up to 2,048 codes for 64 px images; 2,000 of 4,600 steps on captions alone; 18 minutes on one CPU core."""
     config = TrainConfig(
         out=Path(), data="emoji", image_size=64, max_steps=4600, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
         warmup_steps=50, schedule="trapezoid", decay_fraction=0.35, final_fraction=0.02, ema_decay=0.995, shift=4, save_every=500,

@@ -69,7 +69,7 @@ def atp_tiny() -> Recipe:
 
 @recipe
 def atp_emoji() -> Recipe:
-    """ATP's thresholds on emoji-vlm, a quarter of the visual tokens left on average; about 5 minutes on a CPU core."""
+    """ATP's thresholds on emoji-vlm, a quarter of the visual tokens left on average; minutes on a CPU core."""
     return Recipe("pruner", _emoji(), _atp)
 
 
@@ -81,7 +81,7 @@ def delete_gate_tiny() -> Recipe:
 
 @recipe
 def delete_gate_emoji() -> Recipe:
-    """Delete gates on emoji-vlm, a quarter of the visual tokens left on average; about 5 minutes on a CPU core."""
+    """Delete gates on emoji-vlm, a quarter of the visual tokens left on average; minutes on a CPU core."""
     return Recipe("pruner", _emoji(), _delete_gate)
 
 
@@ -93,7 +93,7 @@ def vit_gate_tiny() -> Recipe:
 
 @recipe
 def vit_gate_emoji() -> Recipe:
-    """Delete gates on emoji-vit, half of the patches left behind the last; about 4 minutes on a CPU core."""
+    """Delete gates on emoji-vit, half of the patches left behind the last; minutes on a CPU core."""
     return Recipe("pruner", replace(_emoji(), data="scenes", image_size=48, max_steps=300, batch_size=32), _vit_gate)
 
 

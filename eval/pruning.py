@@ -129,12 +129,16 @@ def _show(rows: dict[str, dict], method: str, budget: float, found: list[Measure
         row["kinds"] = {kind: float(right[[k == kind for k in asked.kinds]].mean()) for kind in sorted(set(asked.kinds))}
     rows[f"{method} @ {budget:g}"] = row
     if len(rows) == 1:
-        print(f"{'method':17}{'budget':>7}{'accuracy':>10}{'agrees':>8}{'kl':>9}{'macs':>7}{'ms':>8}{'tokens':>8}  cache KB, kinds")
-    cache = "" if row["cache_bytes"] is None else f"{row['cache_bytes'] / 1024:8.1f}  "
+        print(
+            f"{'method':17}{'budget':>7}{'accuracy':>10}{'agrees':>8}{'kl':>9}{'macs':>7}{'ms':>8}{'tokens':>8}"
+            + f"{'cache KB':>9}{'prefill':>9}{'a word':>8}" * (asked is not None)
+        )
+    cache = "" if row["cache_bytes"] is None else f"{row['cache_bytes'] / 1024:8.1f}"
+    phases = "" if row["prefill_ms"] is None else f"{row['prefill_ms']:9.2f}{row['step_ms'] or 0:8.2f}  "
     kinds = ", ".join(f"{kind} {100 * value:.0f}" for kind, value in row.get("kinds", {}).items())
     print(
         f"{method:17}{budget:>7g}{100 * row['accuracy']:>9.1f}%{100 * row['agreement']:>7.1f}%{row['kl']:>9.4f}{row['macs_ratio']:>7.2f}"
-        f"{row['ms']:>8.2f}{row['tokens']:>8.1f}  {cache}{kinds}",
+        f"{row['ms']:>8.2f}{row['tokens']:>8.1f}{cache}{phases}{kinds}",
         flush=True,
     )
 

@@ -33,13 +33,17 @@ class Measurement:
     tokens: float
     """Tokens that leave the last layer (vision transformer), or visual tokens in the cache of a layer (language model)."""
     cache_bytes: float | None = None
+    prefill: float | None = None
+    """Seconds of one prompt up to its first word, images included."""
+    step: float | None = None
+    """Seconds of one further word of one answer."""
 
     def row(self) -> dict[str, float | None]:
         """Plain numbers."""
         return {
             "accuracy": float(self.right.float().mean()), "agreement": float(self.agrees.float().mean()),
             "kl": float(self.divergence.mean()), "macs_ratio": self.macs_ratio, "ms": 1000 * self.seconds, "tokens": self.tokens,
-            "cache_bytes": self.cache_bytes,
+            "cache_bytes": self.cache_bytes, "prefill_ms": self.prefill and 1000 * self.prefill, "step_ms": self.step and 1000 * self.step,
         }  # fmt: skip
 
 
@@ -158,6 +162,8 @@ def run_vlm(
             begin = time.process_time()
             out = model.generate(**inputs, max_new_tokens=new, do_sample=False, output_logits=True, return_dict_in_generate=True)
             seconds += time.process_time() - begin
+            if start == 0:
+                prefill, step = _phases(model, inputs, time.process_time() - begin, out.sequences.shape[1])
             logits.append(out.logits[0].float())
             said += processor.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         report = None if handle is None else handle.stats()
@@ -178,9 +184,18 @@ def run_vlm(
     measured = Measurement(
         right, agrees, divergence.clamp(min=0), macs_ratio=prefill_macs(config, lengths) / prefill_macs(config, full),
         seconds=seconds / len(asked.texts), tokens=visual - (sum(full) - sum(lengths)) / len(lengths),
-        cache_bytes=sum(lengths) * 2 * width * 4,
+        cache_bytes=sum(lengths) * 2 * width * 4, prefill=prefill, step=step,
     )  # fmt: skip
     return measured, (first, own)
+
+
+def _phases(model: nn.Module, inputs, seconds: float, length: int) -> tuple[float, float | None]:
+    """Seconds of one prompt and of one further word, from a batch that took `seconds` to come to `length` tokens."""
+    batch, prompt = inputs["input_ids"].shape
+    begin = time.process_time()
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    prefill = time.process_time() - begin
+    return prefill / batch, max(0.0, seconds - prefill) / (length - prompt - 1) / batch if length > prompt + 1 else None
 
 
 def prompt_lengths(model: nn.Module, length: int, report) -> list[int]:

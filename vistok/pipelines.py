@@ -31,12 +31,12 @@ from PIL import Image
 from torch import Tensor
 
 from vistok import rng
-from vistok.decoding import GenerationStats, SamplingConfig, generate, step_sizes
+from vistok.decoding import GenerationStats, SamplingConfig, step_sizes
 from vistok.decoding.drafters.choose import choose_drafter, choose_rule
-from vistok.decoding.flow import check_values, code_table, generate_values, makes_values, partial_tokens
+from vistok.decoding.flow import check_values, makes_values, partial_tokens, plain_draw
 from vistok.decoding.rows import generate_rows
 from vistok.decoding.speculative import check_target, speculate
-from vistok.generators import FlowSampling, TextEncoder
+from vistok.generators import TextEncoder
 from vistok.image import to_pil
 from vistok.modeling import MAX_CONFIG_BYTES, VisualModel, read_config
 from vistok.registry import model_class, resolve
@@ -172,7 +172,8 @@ class TokenImagePipeline(DiffusionPipeline):
         elif any(given is not None for given in (rule, eps, num_draft_tokens)):
             raise ValueError("rule, eps and num_draft_tokens say what becomes of drafts; give a drafter too, such as 'jacobi'")
         else:
-            draw = self._draw(sampling, dict(num_steps=num_steps, final_steps=final_steps, solver=solver), prefix, total)
+            flow = dict(num_steps=num_steps, final_steps=final_steps, solver=solver)
+            draw = plain_draw(self.generator, self.tokenizer, sampling, flow, prefix, total)
         low, high = self.tokenizer.min_tokens, self.generator.max_tokens
         steps = high if num_tokens is None else num_tokens
         if isinstance(steps, bool) or not isinstance(steps, int) or not low <= steps <= high:
@@ -218,34 +219,6 @@ class TokenImagePipeline(DiffusionPipeline):
 
         def draw(rows: slice, condition, *, num_tokens: None, **options):
             return generate_rows(self.generator, condition, window=window, sampling=sampling, **options)
-
-        return draw
-
-    def _draw(self, sampling: SamplingConfig, flow: dict[str, Any], prefix: Tensor | None, total: int) -> Callable:
-        """What draws the tokens of a batch: a function of its rows and the arguments that all generators share."""
-        flow = {name: value for name, value in flow.items() if value is not None}
-        if prefix is not None and len(prefix) != total:
-            raise ValueError(f"prefix is of {len(prefix)} images, but {total} are asked for")
-        if not makes_values(self.generator):
-            if flow:
-                raise ValueError(f"{next(iter(flow))} is of generators of values (xAR); this one draws ids")
-
-            def draw_ids(rows: slice, condition, **options):
-                known = None if prefix is None else prefix[rows].to(self.generator.device)
-                return generate(self.generator, condition, sampling=sampling, prefix=known, **options)
-
-            return draw_ids
-        if sampling != SamplingConfig():
-            raise ValueError(
-                "temperature, top_k, top_p, min_p and typical_p choose among ids; this generator draws values: "
-                "num_steps, solver, guidance_scale"
-            )
-        sampling, codes = FlowSampling(**flow), code_table(self.tokenizer)
-
-        def draw(rows: slice, condition, **options):
-            known = None if prefix is None else prefix[rows].to(self.generator.device)
-            tokens, cost = generate_values(self.generator, condition, codes=codes, sampling=sampling, prefix=known, **options)
-            return replace(tokens, layout=self.tokenizer.layout), cost
 
         return draw
 

@@ -98,9 +98,10 @@ def speculate(
     state = read_prefix(model, condition, B, num_tokens=N, margin=M + 1, sampling=sampling, guidance_scale=guidance_scale, stream=stream)
     _first_token(state, of_position)
     run = _Run(state, drafter, rule, of_position, on_step)
-    if M and N > 1:
-        run.draft(M, paces=lambda draft: num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling)))
-    run.finish()
+    with packed_linears(model, state.num_rows * (M + 1)) if N >= WORTH_PACKING else nullcontext():
+        if M and N > 1:
+            run.draft(M, paces=lambda draft: num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling)))
+        run.finish()
     ids = state.ids[:, :N].clone()
     return VisualTokens.from_ids(ids, model.layout), run.stats(time.perf_counter() - began)
 
@@ -128,24 +129,23 @@ class _Run:
                 one = lambda: _next_token(state, self.of_position)[0].item()  # noqa: E731
                 t0 = plain_seconds(state.model, state.num_rows, clock, one)
             self.pace = Pace(budget, N, t0, can_shorten=draft.shape.is_chain)
-        with packed_linears(state.model, state.num_rows * (budget + 1)) if N >= WORTH_PACKING else nullcontext():
-            while True:
-                verifying = clock()
-                verdict, target = verify(state, draft, self.rule, self.of_position)
-                self.tally.add(draft, verdict)
-                observing = clock()
-                drafter.observe(state, verdict, target)
-                ended = clock()
-                self.tally.drafter_seconds += drafting + ended - observing
-                if self.pace is not None:
-                    self.pace.note(drafting + ended - verifying, state.span[0] - 1, self.tally.accepted)
-                    budget = self.pace.budget
-                self._report()
-                if not budget or state.span[0] == N:
-                    return
-                began = clock()
-                draft = drafter.propose(state, budget)
-                drafting = clock() - began
+        while True:
+            verifying = clock()
+            verdict, target = verify(state, draft, self.rule, self.of_position)
+            self.tally.add(draft, verdict)
+            observing = clock()
+            drafter.observe(state, verdict, target)
+            ended = clock()
+            self.tally.drafter_seconds += drafting + ended - observing
+            if self.pace is not None:
+                self.pace.note(drafting + ended - verifying, state.span[0] - 1, self.tally.accepted)
+                budget = self.pace.budget
+            self._report()
+            if not budget or state.span[0] == N:
+                return
+            began = clock()
+            draft = drafter.propose(state, budget)
+            drafting = clock() - began
 
     def finish(self) -> None:
         """Plain decoding of what is left, a pass over the roots for a token each."""

@@ -26,8 +26,8 @@ class Placement:
     """[B, M] int64: which visual token of the image an input is, from 0."""
     slots: Tensor
     """[B, M] int64: where its key and value go."""
-    mask: Tensor
-    """[B, 1, M, S] bool: the slots it sees; S is how many slots the pass reads."""
+    mask: Tensor | None
+    """[B, 1, M, S] bool: the slots it sees; S is how many slots the pass reads. None: all S, up to its own."""
     start: int | None = None
     """The first slot, where all rows fill the same M slots in a row: a copy is then a slice."""
 
@@ -49,7 +49,8 @@ class PlacedCache:
 
     def layer(self, index: int, placement: Placement) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """What layer `index` gives to Attention: writes k, v [B, h, M, d] to their slots, returns views of the S slots that are read."""
-        S, start = placement.mask.shape[-1], placement.start
+        start, mask = placement.start, placement.mask
+        S = start + placement.slots.shape[1] if mask is None else mask.shape[-1]
 
         def write(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             for table, new in ((self.keys[index], k), (self.values[index], v)):
@@ -78,6 +79,10 @@ class PlacedCache:
         end = longest + offset + M
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, {longest} are filled and {offset + M} more do not fit")
+        start = longest + offset if shortest == longest else None
+        if M == 1 and not offset and start is not None and self.visible is None:  # a plain step: it sees all that is there
+            first = lengths[:, None]
+            return Placement(first - self.prefix_length + depths, first, None, start)
         S = min(-(-end // _BUCKET) * _BUCKET, self.capacity)
         first = lengths[:, None]  # the slot of the root
         slots = first + offset + torch.arange(M, device=lengths.device)
@@ -90,7 +95,6 @@ class PlacedCache:
         node = (slot - first).clamp(0, ancestors.shape[2] - 1)[:, None].expand(B, M, S)
         inside = ((slot >= first) & (slot < first + ancestors.shape[2]))[:, None]
         mask = mask | (inside & ancestors.expand(B, -1, -1).gather(2, node))
-        start = longest + offset if shortest == longest else None
         return Placement(first - self.prefix_length + depths, slots, mask[:, None], start)
 
     def keep(self, path: Tensor, accepted: Tensor, *, is_chain: bool) -> None:

@@ -274,3 +274,12 @@ def test_the_command_writes_tokens_from_which_another_call_goes_on(kind, tmp_pat
     torch.testing.assert_close(c[:, kept], a[:, kept], atol=1e-4, rtol=1e-4)
     assert not torch.equal(c, a)
     assert main([*call, *prefix[:3], "9", "--out", str(tmp_path / "d")]) == 2 and "allowed: 1 to 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, entities", [("emoji-xar", 4), ("emoji-xar-flextok", 4)])
+def test_the_bundled_pipelines_make_pictures(name, entities):
+    pipe = TokenImagePipeline.from_pretrained(f"vistok/{name}")
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(prompts=["noto: red apple"], labels=["Food & Drink"], num_steps=3, solver="euler", seed=0)
+    assert pipe.generator.order.num_entities == entities and out.stats.target_passes == 3 * entities
+    assert out.images[0].size == (64, 64) and out.tokens.ids.shape == (1, pipe.generator.max_tokens)

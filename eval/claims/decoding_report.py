@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-NOISE = 2.0  # a Frechet distance up to so many floors above the floor counts as none
+NOISE = 1.1  # a Frechet distance up to so many floors counts as none: exact settings, which differ by chance alone, stay within a tenth
 FAMILIES = {
     "plain": ("plain loop", "black", "*"),
     "exact": ("exact rules", "tab:blue", "o"),
@@ -108,15 +108,15 @@ def verdicts(rows: dict[str, dict], about: dict) -> list[Verdict]:
         add(
             "ZipAR leaves out half the passes or more at little loss",
             "2412.04062",
-            saved >= 0.5 and row["frechet_plain"] <= 2 * limit,
+            saved >= 0.5 and row["frechet_plain"] <= limit,
             f"{name}: {100 * saved:.0f} % fewer passes, Frechet {row['frechet_plain']:.3f}, {row['speedup']:.2f} times as quick",
         )
-    lossy = {name: row for name, row in rows.items() if row["family"] not in ("plain", "exact")}
+    lossy = {name: row for name, row in rows.items() if row["family"] not in ("plain", "exact") and row["frechet_plain"] <= limit}
     if lossy:
         name = max(lossy, key=lambda key: lossy[key]["speedup"])
-        quick = lossy[name]["speedup"]
-        line = f"{name}: {quick:.2f} times, Frechet {lossy[name]['frechet_plain']:.3f} (floor {about['floor']:.3f})"
-        add("the quickest lossy setting is 1.5 times as quick as the plain loop", "this library", quick >= 1.5, line)
+        line = f"{name}: {_speed(lossy[name])} (floor {about['floor']:.3f})"
+        add("a lossy setting whose loss does not show is 1.5 times as quick as the plain loop", "this library",
+            lossy[name]["speedup"] >= 1.5, line)  # fmt: skip
     if "chosen by itself" in rows:
         row = rows["chosen by itself"]
         add(

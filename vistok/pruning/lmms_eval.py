@@ -3,7 +3,7 @@
     lmms-eval --model vistok_qwen2_5_vl --tasks mmbench_en_dev \\
         --model_args pretrained=Qwen/Qwen2.5-VL-3B-Instruct,vistok_method=divprune,vistok_keep_ratio=0.25
 
-Arguments that begin with `vistok_` are options of `vistok.prune`, the others are the wrapper's. Without vistok_method nothing is pruned: run
+Arguments that begin with `vistok_` are options of `vistok.prune`, the others the wrapper's. Without vistok_method nothing is pruned: run
 that, and vistok_method=random, beside every figure. lmms-eval finds `manifests` through the entry point group "lmms_eval.models".
 """
 

@@ -348,6 +348,7 @@ def test_a_conversation_may_begin_without_images():
     torch.testing.assert_close(torch.stack(result.logits, dim=1), expected, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*(name for name in selectors() if name != "evs"), *INSIDE_ONLY])
 def test_every_method_runs_in_bfloat16(method):
     model, inputs = build("llava")

@@ -320,5 +320,5 @@ def build_video(name: str, *, num_frames: int = 4) -> tuple[torch.nn.Module, dic
 
 def full_matrix(names: list[str]) -> list:
     """Parameters of a test over families: a few of different build by default, the others with the slow tests."""
-    quick = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma3", "paligemma")
+    quick = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3")
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -17,6 +17,7 @@ CLAIMS = {
 # column: (title, value of a result, scale, digits)
 COLUMNS = (
     ("parameters M", lambda r: r["parameters"], 1e-6, 2),
+    ("training s", lambda r: r["seconds"], 1, 0),
     ("steps", lambda r: r["steps"], 1, 0),
     ("tokens", lambda r: r["tokens"], 1, 1),
     ("bits an image", lambda r: r["bits_per_image"], 1, 0),

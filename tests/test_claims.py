@@ -70,7 +70,8 @@ def result(*, linear=0.5, psnr=20.0, tokens=64.0, told=0.1):
     row = {"linear": linear, "linear_std": 0.001, "knn": 0.5, "r5_std": 0.001}
     row |= {f"{way}_r{k}": linear / 2 for way in ("i2t", "t2i") for k in (1, 5, 10)}
     return {
-        "parameters": 10**6, "seconds": 60.0, "steps": 5, "tokens": tokens, "bits_per_image": 640.0, "psnr": psnr, "psnr_of_images": [psnr - 1, psnr + 1],
+        "parameters": 10**6, "seconds": 60.0, "steps": 5, "tokens": tokens, "bits_per_image": 640.0, "psnr": psnr,
+        "psnr_of_images": [psnr - 1, psnr + 1],
         "frechet": 1.0, "usage": 0.5, "perplexity": 9.0, "order": "x", "understanding": row, "fixed": {"8": {"psnr": 1.0}},
         "likelihood": {"bits_per_token": 8.0, "bits_per_image": 512.0, "told": told, "told_std": 0.001, "unigram_bits": 9.0, "steps": 3},
     }  # fmt: skip

@@ -28,8 +28,8 @@ def test_verdicts_follow_from_the_numbers():
         "plain": row("plain"),
         "chosen by itself": row("exact", 1.3, 1.0, 0.97),
         "SJD": row("exact", 2.1, 1.05, 1.4),
-        "SJD, LANTERN delta 0.2": row("lantern", 6.0, 30.0, 3.0, spent_per_token=None),
-        "SJD, LANTERN++ lambda 2": row("lantern++", 6.0, 4.0, 3.0, spent_per_token=None),
+        "SJD, LANTERN delta 0.2": row("lantern", 6.0, 1.09, 3.0, spent_per_token=None),
+        "SJD, LANTERN++ lambda 2": row("lantern++", 6.0, 1.08, 3.0, spent_per_token=None),
         "SJD, budget 0.1": row("budget", 6.5, 1.08, 1.6, spent_per_token=0.08, options={"eps": 0.1}),
         "SJD, GSD window 7": row("gsd", 2.6, 1.02, 1.5, spent_per_token=None),
     }

@@ -171,7 +171,7 @@ def measure(config: Config) -> dict:
         passes = (
             drafted + stats.num_images if drafted else stats.target_passes / -(-config.num_samples // config.batch_size) * stats.num_images
         )
-        spent = getattr(stats, "total_variation_spent", 0.0)
+        spent = getattr(stats, "total_variation_spent", None if setting.schedule else 0.0)
         rows[setting.name] = {
             "family": setting.family,
             "passes_per_image": passes / stats.num_images,

@@ -57,9 +57,9 @@ def verdicts(rows: dict[str, dict], about: dict) -> list[Verdict]:
             best = max(relaxed, key=lambda key: relaxed[key]["tokens_per_pass"])
             gain = relaxed[best]["tokens_per_pass"] / rows[name]["tokens_per_pass"]
             add(
-                f"LANTERN makes 1.75 times the tokens a pass of {name} with the exact rule",
+                f"LANTERN makes 1.75 times the tokens a pass of {name} with the exact rule, at little loss",
                 "2410.03355",
-                gain >= 1.75,
+                gain >= 1.75 and relaxed[best]["frechet_plain"] <= limit,
                 f"{best}: {gain:.2f} times; Frechet {relaxed[best]['frechet_plain']:.3f}",
             )
     first, second = family("lantern"), family("lantern++")
@@ -174,7 +174,7 @@ def draw_curve(results: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     rows, floor = results["rows"], results["about"]["floor"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 8), sharey=True)
     for axis, (key, title) in zip(axes, (("speedup", "speed-up, one image on a CPU"), ("tokens_per_pass", "tokens a pass of the target"))):
         axis.axhline(floor, color="gray", linewidth=0.8, linestyle=":")
         for family, (label, colour, marker) in FAMILIES.items():
@@ -185,10 +185,13 @@ def draw_curve(results: dict, path: Path) -> None:
                 )
             for name, row in chosen.items():
                 axis.annotate(
-                    name.replace("LANTERN", "L"), (row[key], row["frechet_plain"]), fontsize=6, xytext=(3, 3), textcoords="offset points"
+                    name.replace("LANTERN", "L"), (row[key], row["frechet_plain"]), fontsize=5, xytext=(3, 3), textcoords="offset points"
                 )
         axis.set_xlabel(title)
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.margins(x=0.12)
     axes[0].set_ylabel("Frechet(conv) to the plain loop; dotted: two plain sets")
     axes[0].axvline(1, color="gray", linewidth=0.8)
     axes[1].legend(fontsize=7)

@@ -71,7 +71,7 @@ def chimera_tiny() -> Recipe:
 
 @recipe
 def chimera_emoji() -> Recipe:
-    """Four Chimera heads for emoji-gpt-fsq2d, 2.0 M parameters; about 5 minutes on a CPU core."""
+    """Four Chimera heads for emoji-gpt-fsq2d, 2.0 M parameters; minutes on a CPU core."""
     return Recipe("drafter", _emoji(), _head("ChimeraHeads", num_drafts=4))
 
 
@@ -83,7 +83,7 @@ def judge_tiny() -> Recipe:
 
 @recipe
 def judge_emoji() -> Recipe:
-    """A judge for emoji-gpt-fsq2d, 161 parameters; about 2 minutes on a CPU core."""
+    """A judge for emoji-gpt-fsq2d, 161 parameters; minutes on a CPU core."""
     return Recipe("drafter", _emoji(max_steps=300, learning_rate=1e-2, weight_decay=0.0), _judge())
 
 

@@ -13,6 +13,7 @@ from vistok.metrics.probe import (
     bootstrap_std,
     caption_groups,
     chance_recall,
+    decompose,
     first_right_rank,
     fit_ridge,
     knn_probe,
@@ -55,10 +56,18 @@ def test_noise_is_regularised_away_and_a_clean_line_is_not():
     assert constant.weight.abs().max() == 0 and constant(torch.ones(1, 4)).isfinite().all()
 
 
+def test_one_decomposition_serves_several_targets():
+    X, Y = noise(30, 40), noise(30, 3, seed=1)
+    shared, alone = fit_ridge(decompose(X), Y), fit_ridge(X, Y)
+    assert shared.strength == alone.strength and torch.equal(shared.weight, alone.weight) and torch.equal(shared(X), alone(X))
+
+
 def test_a_probe_needs_finite_numbers_and_rows_that_fit():
     with pytest.raises(ValueError, match="must be finite"):
         fit_ridge(torch.tensor([[1.0], [float("nan")]]), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="n >= 2 rows"):
+        fit_ridge(torch.zeros(1, 2), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="the 3 rows"):
         fit_ridge(torch.zeros(3, 2), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="neighbours=4"):
         knn_probe(noise(3, 2), torch.tensor([0, 1, 0]), noise(1, 2), torch.tensor([0]), num_classes=2, neighbours=4)

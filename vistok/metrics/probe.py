@@ -42,25 +42,51 @@ class LinearMap:
         return (features.double() - self.mean) / self.scale @ self.weight + self.offset
 
 
-def fit_ridge(features: Tensor, targets: Tensor, *, strengths: tuple[float, ...] = STRENGTHS) -> LinearMap:
-    """The ridge regression of targets [n, C] on features [n, D], its strength chosen by leave-one-out error; float64.
+@dataclass(frozen=True)
+class Spectrum:
+    """What all ridge regressions on the same training features share, its decomposition above all, which is most of their time.
 
-    One eigendecomposition of the smaller of X^T X and X X^T serves all strengths.
-    Raises ValueError: shapes do not fit, fewer than 2 rows, or a number that is not finite.
+    X: [n, D] float64, features centred and scaled, dead ones 0; X = U diag(sqrt s) V^T with U [n, r] and s [r], those of rank only.
     """
-    if features.ndim != 2 or targets.ndim != 2 or len(features) != len(targets) or len(features) < 2:
-        raise ValueError(f"features [n, D] and targets [n, C] of n >= 2 rows are needed, got {list(features.shape)}, {list(targets.shape)}")
-    X, Y = features.double(), targets.double()
-    if not bool(X.isfinite().all() and Y.isfinite().all()):
-        raise ValueError("features and targets of a probe must be finite")
-    n = len(X)
+
+    mean: Tensor
+    scale: Tensor
+    X: Tensor
+    U: Tensor
+    s: Tensor
+
+
+def decompose(features: Tensor) -> Spectrum:
+    """The spectrum of training features [n, D], by one eigendecomposition of the smaller of X^T X and X X^T; float64.
+
+    Raises ValueError: not two axes, fewer than 2 rows, or a number that is not finite.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features [n, D] of n >= 2 rows are needed, got {list(features.shape)}")
+    X = features.double()
+    if not bool(X.isfinite().all()):
+        raise ValueError("features of a probe must be finite")
     mean, scale = X.mean(0), X.std(0, unbiased=False)
     alive = scale > DEAD * scale.max()
     scale = torch.where(alive, scale, torch.ones_like(scale))
     X = (X - mean) / scale * alive
+    return Spectrum(mean, scale, X, *_left_vectors(X))
+
+
+def fit_ridge(features: Tensor | Spectrum, targets: Tensor, *, strengths: tuple[float, ...] = STRENGTHS) -> LinearMap:
+    """The ridge regression of targets [n, C] on features [n, D] or their spectrum, its strength chosen by leave-one-out error; float64.
+
+    Raises ValueError: shapes do not fit, fewer than 2 rows, or a number that is not finite.
+    """
+    spectrum = features if isinstance(features, Spectrum) else decompose(features)
+    X, U, s, n = spectrum.X, spectrum.U, spectrum.s, len(spectrum.X)
+    if targets.ndim != 2 or len(targets) != n:
+        raise ValueError(f"targets [n, C] of the {n} rows of the features are needed, got {list(targets.shape)}")
+    Y = targets.double()
+    if not bool(Y.isfinite().all()):
+        raise ValueError("targets of a probe must be finite")
     offset = Y.mean(0)
     Y = Y - offset
-    U, s = _left_vectors(X)  # X = U diag(sqrt s) V^T
     inside = U.T @ Y
     total, mean_eigenvalue = Y.square().sum(), s.mean() if len(s) else torch.ones(())
     best = (float("inf"), 0.0)
@@ -72,7 +98,7 @@ def fit_ridge(features: Tensor, targets: Tensor, *, strengths: tuple[float, ...]
         best = min(best, (error, strength))
     a = best[1] * mean_eigenvalue
     weight = X.T @ (U @ (inside / (s + a)[:, None]))  # (X^T X + a)^-1 X^T Y = X^T (X X^T + a)^-1 Y
-    return LinearMap(mean, scale, weight, offset, best[1], best[0])
+    return LinearMap(spectrum.mean, spectrum.scale, weight, offset, best[1], best[0])
 
 
 def _left_vectors(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +110,12 @@ def _left_vectors(X: Tensor) -> tuple[Tensor, Tensor]:
     return (X @ vectors / s.sqrt() if D <= n else vectors), s
 
 
-def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, num_classes: int) -> tuple[Tensor, LinearMap]:
+def linear_probe(
+    train: Tensor | Spectrum, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, num_classes: int
+) -> tuple[Tensor, LinearMap]:
     """Whether each test image is classified right, [m] bool, by the ridge regression of one-hot classes; and the map.
 
-    train [n, D], test [m, D]; labels int64 in [0, num_classes).
+    train [n, D] or its spectrum, test [m, D]; labels int64 in [0, num_classes).
     """
     fitted = fit_ridge(train, F.one_hot(train_labels, num_classes))
     return fitted(test).argmax(1) == test_labels, fitted
@@ -140,7 +168,9 @@ def retrieval_ranks(images: Tensor, captions: Tensor, groups: Tensor, *, centres
     return {"i2t": first_right_rank(images, captions, groups), "t2i": first_right_rank(captions, images, groups)}
 
 
-def mapped_retrieval(train: Tensor, train_captions: Tensor, test: Tensor, test_captions: Tensor, groups: Tensor) -> dict[str, Tensor]:
+def mapped_retrieval(
+    train: Tensor | Spectrum, train_captions: Tensor, test: Tensor, test_captions: Tensor, groups: Tensor
+) -> dict[str, Tensor]:
     """Ranks of test images' features [m, D] and captions [m, E] through a ridge map fitted on the training set; see retrieval_ranks.
 
     Both sides are centred on the mean caption of the training set, which every caption shares.

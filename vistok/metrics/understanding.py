@@ -6,7 +6,8 @@ number is owed to training can only be read against that last one.
 m test images.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from vistok.metrics.probe import (
     bootstrap_std,
     caption_groups,
     chance_recall,
+    decompose,
     knn_probe,
     linear_probe,
     mapped_retrieval,
@@ -80,13 +82,15 @@ class Prober:
         if min(len(X), len(Z)) < 2:
             raise ValueError(f"a probe needs at least 2 images a split, got {len(X)} and {len(Z)}")
         row = {"features": name, "width": X.shape[1]}
+        spectrum = functools.cache(lambda own: decompose(X[list(own)]))  # classes and captions mostly have the same images
         if self.has_classes:
-            row |= self._classify(X, self.labels[0][rows], Z, self.labels[1][places], self.things[places])
+            row |= self._classify(X, self.labels[0][rows], Z, self.labels[1][places], self.things[places], spectrum)
         if self.has_captions:
             kept, tested = self._captioned(rows, 0), self._captioned(places, 1)
-            inside = [i for i, number in enumerate(places) if number in set(tested.tolist())]
-            own = [i for i, number in enumerate(rows) if number in set(kept.tolist())]
-            ranks = mapped_retrieval(X[own], self.captions[0][kept], Z[inside], self.captions[1][tested], self.groups[tested])
+            of_kept, of_tested = set(kept.tolist()), set(tested.tolist())
+            inside = [i for i, number in enumerate(places) if number in of_tested]
+            own = [i for i, number in enumerate(rows) if number in of_kept]
+            ranks = mapped_retrieval(spectrum(tuple(own)), self.captions[0][kept], Z[inside], self.captions[1][tested], self.groups[tested])
             row |= self.recalls(ranks, self.things[tested])
         return row
 
@@ -95,10 +99,11 @@ class Prober:
         both = ((ranks["i2t"] < 5).double() + (ranks["t2i"] < 5).double()) / 2
         return {**recalls(ranks), "r5_std": bootstrap_std(both, groups=things, seed=self.seed)}
 
-    def _classify(self, X: Tensor, labels: Tensor, Z: Tensor, test_labels: Tensor, things: Tensor) -> dict:
+    def _classify(self, X: Tensor, labels: Tensor, Z: Tensor, test_labels: Tensor, things: Tensor, spectrum: Callable) -> dict:
         own, tested = labels >= 0, test_labels >= 0
         sets = X[own], labels[own], Z[tested], test_labels[tested]
-        right, fitted = linear_probe(*sets, num_classes=len(self.classes))
+        fit = spectrum(tuple(own.nonzero()[:, 0].tolist()))
+        right, fitted = linear_probe(fit, *sets[1:], num_classes=len(self.classes))
         near = knn_probe(*sets, num_classes=len(self.classes), neighbours=min(self.neighbours, int(own.sum())))
         row = {"loo_error": fitted.error}
         for name, found in (("linear", right), ("knn", near)):

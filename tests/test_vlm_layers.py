@@ -320,6 +320,11 @@ def test_what_cannot_be_exact_is_refused_with_the_reason():
             vistok.prune(model, **ONE)
         with pytest.raises(ValueError, match="static cache"):
             model.generate(**inputs, **GENERATION, cache_implementation="static")
+        with pytest.raises(ValueError, match="prefill_chunk_size=8"):
+            model.generate(**inputs, **GENERATION, prefill_chunk_size=8)
+        in_picture = int((inputs["input_ids"][0] == IMAGE).nonzero()[0, 0]) + 1
+        with pytest.raises(ValueError, match="ends inside a picture"):
+            model(**{name: inputs[name][:1, :in_picture] for name in ("input_ids", "attention_mask")})
     plain = model.generate(**inputs, **GENERATION)
     with vistok.prune(model, **ONE), pytest.raises(ValueError, match="not made by the pruned"):
         model.generate(input_ids=plain.sequences, past_key_values=plain.past_key_values, **GENERATION)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.pruning.families import attention_of, family_of, text_model, visual_mask
+from vistok.pruning.hooks import Hooked
 from vistok.pruning.masks import validity
 from vistok.pruning.methods.act import turn_down
 from vistok.pruning.tap import AttentionCall, Tap, attention_of_rows
@@ -24,8 +25,8 @@ from vistok.pruning.tap import AttentionCall, Tap, attention_of_rows
 _STATE = "_vistok_calibration"
 
 
-class _Calibration:
-    """Hooks on one model, taken off by `remove` or at the end of the `with`. Knows the cache and the padding of the forward that runs."""
+class _Calibration(Hooked):
+    """Knows the cache and the padding of the forward that runs."""
 
     def __init__(self, model: nn.Module):
         family_of(model)
@@ -34,18 +35,6 @@ class _Calibration:
             self.text.register_forward_pre_hook(self._enter_text, with_kwargs=True),
             self.text.register_forward_hook(self._leave_text),
         ]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Take every hook off; the model is as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _tap(self, layer: int, observe) -> None:
         self._handles.append(Tap(attention_of(self.text.layers[layer]), observe))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.pruning.families import attention_of, family_of, is_flash, kind_of, newline_of, sliding_window, text_model, visual_mask
+from vistok.pruning.hooks import Hooked
 from vistok.pruning.ledger import Forward, ledger_of, new_ledger
 from vistok.pruning.masks import gather_square, gather_tokens, pack_left, take, validity
 from vistok.pruning.stages import LayerMethod, Stages, StageView, create_stages, layer_methods
@@ -44,8 +45,8 @@ class LayerReport:
         return sum(self.tokens_per_layer) / (len(self.tokens_per_layer) * self.tokens_per_layer[0])
 
 
-class PrunedLayers:
-    """The hooks on one model. A context manager: leaving it, by an exception too, takes them off; so does `remove`."""
+class PrunedLayers(Hooked):
+    """The hooks on one model."""
 
     def __init__(self, model: nn.Module, method: LayerMethod, stages: Stages, *, positions: str = "keep"):
         self.model, self.method, self.stages, self.positions = model, method, stages, positions
@@ -66,20 +67,13 @@ class PrunedLayers:
             self.remove()
             raise
 
-    def __enter__(self) -> "PrunedLayers":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.remove()
-
     def remove(self) -> None:
         """Take every hook off; the model is as it was. The report stays readable. Caches made so far belong to the pruned model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().remove()
         if self.model.__dict__.get(_MARK) is self:
             del self.model.__dict__[_MARK]
             self.text.__dict__.pop("_deepstack_process", None)
+            self.model.__dict__.pop("_prefill", None)
 
     def stats(self) -> LayerReport:
         """Token counts of the last forward that dropped some."""
@@ -99,6 +93,8 @@ class PrunedLayers:
 
     def _attach(self) -> None:
         add = self._handles.append
+        if hasattr(self.model, "_prefill"):
+            self.model.__dict__["_prefill"] = self._whole_prefill
         add(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         add(self.text.register_forward_pre_hook(self._enter_text, with_kwargs=True))
         add(self.text.register_forward_hook(self._leave_text))
@@ -110,6 +106,15 @@ class PrunedLayers:
         if hasattr(self.text, "_deepstack_process"):
             original = self.text._deepstack_process
             self.text.__dict__["_deepstack_process"] = lambda x, mask, embeds: original(x, *self._deepstack(mask, embeds))
+
+    def _whole_prefill(self, input_ids: Tensor, generation_config, *args, **kwargs):
+        """The prefill of `generate`, in one piece."""
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size}: a chunk would lose tokens before the question is read; "
+                "prune before the language model, or leave it out"
+            )
+        return type(self.model)._prefill(self.model, input_ids, generation_config, *args, **kwargs)
 
     def _layer_hook(self, number: int):
         return lambda layer, args, kwargs: self._enter_layer(number, layer, args, kwargs)
@@ -137,10 +142,13 @@ class PrunedLayers:
         mask = kwargs.get("attention_mask") if top is None else top[1]
         is_valid, all_valid = validity(mask, B, Q, embeds.device)
         is_visual = is_valid.new_zeros(B, Q) if top is None or top[0].shape != (B, Q) else top[0] & is_valid
-        newline = newline_of(self.model)
-        if Q > 1 and newline is not None:
+        if Q > 1 and (newline := newline_of(self.model)) is not None:
             is_visual = is_visual & (embeds != newline.to(embeds)).any(dim=-1)
         drops = Q > 1 and bool(is_visual.any())
+        if drops:
+            place = torch.where(is_valid, torch.arange(Q, device=is_valid.device), 0)
+            if bool(is_visual.gather(1, place.amax(dim=1, keepdim=True)).any()):
+                raise ValueError("a prompt ends inside a picture: what stays is chosen for the words behind it, so pass whole prompts")
         self._now = Forward(B, Q, is_visual, is_valid, all_valid, embeds, ledger, drops)
         if drops:
             self._counts = is_visual.sum(dim=1).tolist()  # read on the host once a prompt: row lengths are shapes

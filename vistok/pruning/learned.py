@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vistok.modeling import VisualModel
 from vistok.pruning.families import attention_of, family_of, kind_of, text_model, visual_mask
+from vistok.pruning.hooks import Hooked
 from vistok.pruning.masks import pack_left, validity
 from vistok.pruning.stages import LayerMethod, StageChoice, Stages, StageView
 from vistok.pruning.tap import AttentionCall, Tap, attention_of_rows
@@ -170,8 +171,8 @@ class DeleteGate(LearnedPruner):
         self.stages = nn.ModuleList(_Gate(config) for _ in config.layers)
 
 
-class SoftLayers:
-    """The learned stages on a model for training: all tokens stay, and their masks bias the attention. A context manager.
+class SoftLayers(Hooked):
+    """The learned stages on a model for training: all tokens stay, and their masks bias the attention.
 
     After a forward `kept` holds, for each stage, [B, Q] the product of the masks so far (0 for text), and `num_visual` [B] how many there
     were. is_hard: masks of 0 and 1, no gradients; then the logits are those of `vistok.prune(model, pruner)`.
@@ -196,14 +197,6 @@ class SoftLayers:
         for number in range(layers[0], len(text.layers)):
             hook = self._layer_hook(number)
             self._handles.append(text.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
-
-    def __enter__(self) -> "SoftLayers":
-        return self
-
-    def __exit__(self, *error) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     @property
     def num_visual(self) -> Tensor:

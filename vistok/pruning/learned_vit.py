@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.pruning.blocks import BlockParts, check_mask, parts_of
+from vistok.pruning.hooks import Hooked
 from vistok.pruning.learned import DeleteGate
 from vistok.pruning.methods import topk
 from vistok.pruning.plan import ReductionPlan
@@ -59,8 +60,8 @@ class GatedTokens:
         return topk.top_tokens(stays, stays.shape[1] - count, num_prefix=view.num_prefix)
 
 
-class SoftViT:
-    """A gate on a timm vision transformer for training: all patches stay, their keys fade. A context manager.
+class SoftViT(Hooked):
+    """A gate on a timm vision transformer for training: all patches stay, their keys fade.
 
     After a forward `kept` holds [B, T] for each gate: the product of 1 - gone so far. keep_ratio: hide for good what `GatedTokens` with
     that share would drop (masks of 0 and 1, no gradients).
@@ -79,14 +80,6 @@ class SoftViT:
         self._handles = [
             part.attention.register_forward_pre_hook(self._hook(layer, part), with_kwargs=True) for layer, part in enumerate(parts.blocks)
         ]
-
-    def __enter__(self) -> "SoftViT":
-        return self
-
-    def __exit__(self, *error) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _hook(self, layer: int, part: BlockParts):
         def hook(attention: nn.Module, args: tuple, kwargs: dict):

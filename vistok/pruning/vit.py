@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vistok.pruning.blocks import BlockParts, ViTParts, check_mask, parts_of
 from vistok.pruning.cost import ViTCost, ViTReport
+from vistok.pruning.hooks import Hooked
 from vistok.pruning.plan import ReductionPlan, gather_rows
 from vistok.pruning.strategies import Strategy, create_strategy, log_size
 
@@ -75,8 +76,8 @@ class _View:
         return torch.cat([x[:, :, :P], self.parts.rotate(x[:, :, P:], self.rope)], dim=2)
 
 
-class PrunedViT:
-    """The hooks on one model. A context manager: leaving it, by an exception too, takes them off; so does `remove`."""
+class PrunedViT(Hooked):
+    """The hooks on one model."""
 
     def __init__(self, model: nn.Module, strategy: Strategy, *, restore: bool = False, timed: bool = False):
         self.parts = parts_of(model)
@@ -94,17 +95,9 @@ class PrunedViT:
             self.remove()
             raise
 
-    def __enter__(self) -> "PrunedViT":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.remove()
-
     def remove(self) -> None:
         """Take every hook off; the model is as it was. Reports and `plan` stay readable."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().remove()
         while self._unfused:
             self._unfused.pop().fused_attn = True
         if self.model.__dict__.get(_MARK) is self:

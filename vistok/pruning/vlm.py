@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vistok.pruning.families import attention_of, family_of, is_flash, kind_of, sliding_window, text_model, vision_layers, visual_mask
 from vistok.pruning.features import VisualFeatures, merged_before_projector
+from vistok.pruning.hooks import Hooked
 from vistok.pruning.masks import pack_left, take
 from vistok.pruning.methods import topk
 from vistok.pruning.plan import gather_rows
@@ -55,8 +56,8 @@ class _Prompt:
     """The rewritten input_ids, attention_mask, position_ids and token types, [..., K]."""
 
 
-class PrunedVLM:
-    """Pruning of one model's `generate`. A context manager; leaving it, by an exception too, or `remove` gives the model's own back."""
+class PrunedVLM(Hooked):
+    """Pruning of one model's `generate`; leaving it gives the model's own back."""
 
     def __init__(
         self, model: nn.Module, selector: Selector, *, keep: int | None = None, keep_ratio: float | None = None, positions: str = "keep"
@@ -75,7 +76,7 @@ class PrunedVLM:
         self._report: VLMReport | None = None
         self._dropped: Tensor | None = None
         self._is_generating = False
-        self._guards = [
+        self._handles = [
             model.register_forward_pre_hook(self._refuse_plain_forward, with_kwargs=True),
             text_model(model).register_forward_pre_hook(self._keep_one_sequence, with_kwargs=True),
             *[layer.register_forward_pre_hook(self._hide_gaps, with_kwargs=True) for layer in text_model(model).layers if is_flash(model)],
@@ -83,16 +84,9 @@ class PrunedVLM:
         model.__dict__[_MARK] = self
         model.__dict__["generate"] = self._generate
 
-    def __enter__(self) -> "PrunedVLM":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.remove()
-
     def remove(self) -> None:
         """Give the model its own `generate` back. The report stays readable."""
-        for guard in self._guards:
-            guard.remove()
+        super().remove()
         if self.model.__dict__.get(_MARK) is self:
             del self.model.__dict__[_MARK], self.model.__dict__["generate"]
 

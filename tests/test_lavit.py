@@ -10,7 +10,7 @@ from vistok.quantizers import VQConfig
 from vistok.tokenizers.lavit import LaVIT, LaVITConfig
 from vistok.tokenizers.lavit_parts import AttentionPool, Merger, weighted_attention
 from vistok.tokens import VisualTokens
-from vistok.training.tasks.lavit import LaVITTask, LaVITTaskConfig
+from vistok.training.tasks.lavit import LaVITTask, LaVITTaskConfig, place_codes
 
 OFFICIAL = LaVITConfig(
     image_size=(24, 24), patch_size=8, vision_width=16, vision_depth=1, vision_heads=2, vision_hidden=20, merger_depth=2, merger_heads=2,
@@ -298,6 +298,18 @@ def test_both_stages_train_all_that_they_should():
     assert int(logs["codes"].sum()) == round(float(logs["keep_ratio"]) * 4 * 16) and {"features", "rate", "commitment", "l1", "mse"} <= set(
         logs
     )
+
+
+def test_codes_are_placed_once_over_more_vectors_than_a_batch_holds():
+    torch.manual_seed(0)
+    model = LaVIT(fresh().settings)
+    model.calibrate(images(B=32), 0.5)
+    place_codes(model, images(B=32))
+    placed = model.quantizer.codebook.clone()
+    ids = model.encode(images(B=32))
+    assert ids.ids[ids.mask].unique().numel() > 0.8 * model.codebook_size
+    place_codes(model, images(B=32, seed=1))
+    assert torch.equal(model.quantizer.codebook, placed)
 
 
 def test_the_rate_loss_pulls_the_mean_share_of_kept_patches_to_its_target():

@@ -7,7 +7,7 @@ Jin et al. 2024, arXiv 2309.04669, section 3.1; the order of the stages as the a
 
     before quantize_start   the decoder reads unquantized code vectors; the selector learns its rate through Gumbel noise
     at quantize_start       the selector is shifted to keep that rate without noise, as `encode` does; it and the transformer are frozen
-    from then on            codes are quantized, starting from the vectors found
+    from then on            codes are quantized, starting from k-means over the vectors of many images
 
 The published model learns on the features of a frozen EVA-CLIP. Without such weights the vision transformer learns here too, from the
 pixels; the target features are held fixed in the loss, so they cannot collapse onto what is easy to decode.
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.image import make_strip
-from vistok.tokenizers.lavit import LaVIT
+from vistok.tokenizers.lavit import CALIBRATION_BATCH, LaVIT
 from vistok.training.task import TrainingTask
 from vistok.training.tasks.previews import histogram, preview_images
 
@@ -55,6 +55,20 @@ class LaVITTaskConfig:
             raise ValueError(f"temperature={self.temperature} must be positive and quantize_start={self.quantize_start} not negative")
 
 
+@torch.no_grad()
+def place_codes(model: LaVIT, images: Tensor) -> None:
+    """Start the codebook by k-means over the code vectors of images [B, 3, H, W], once in its life and where its config asks for k-means.
+
+    A training batch has fewer vectors than codes: started from one, codes begin as copies of each other, and most stay unused.
+    """
+    found = []
+    for part in images.split(CALIBRATION_BATCH):
+        patches = model.patches(part)
+        merged, counts = model.merger.kept(patches, model.decide(model.selector(patches)))
+        found.append(model.code_vectors(merged)[torch.arange(merged.shape[1], device=merged.device) < counts[:, None]])
+    model.quantizer.start(torch.cat(found))
+
+
 class LaVITTask(TrainingTask):
     """model: a LaVIT. config: weights and stages."""
 
@@ -78,6 +92,7 @@ class LaVITTask(TrainingTask):
         if int(step) == config.quantize_start > 0:
             images = preview_images(self.dataset, self.model.device, count=CALIBRATION_IMAGES)  # the same on all processes
             self.model.calibrate(images, config.keep_ratio)
+            place_codes(self.model, images)
         output = self.model(
             batch.images,
             generators=generators,

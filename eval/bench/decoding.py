@@ -94,7 +94,8 @@ def verification(config: BenchConfig) -> list[dict]:
     for _ in range(3):
         nodes.append(int(shape.children[0, nodes[-1], 0]))
     for lucky in (False, True):
-        coins = torch.full((1, M), 0.0 if lucky else float("inf"), dtype=torch.float64)
+        coins = torch.full((1, M), float("inf"), dtype=torch.float64)
+        coins[0, [node - 1 for node in nodes[1:]]] = 0.0 if lucky else float("inf")
         for what in ("sampling, tree of 58 not drawn", "sampling, drawn tree of 58", "greedy, tree of 58"):
             sampling = SamplingConfig(temperature=0) if "greedy" in what else SamplingConfig(top_k=config.top_k)
             law, tokens = partial(law_of, logits, sampling), ids.clone()
@@ -105,7 +106,7 @@ def verification(config: BenchConfig) -> list[dict]:
             else:
                 draft = Draft(tokens, shape, "deterministic")
             call = partial(walk, draft, law, standard, coins=coins, position_uniforms=half, **fixed)
-            rows.append(timed(f"{what}, {'3 levels accepted' if lucky else '7 rejected'}", call, config.repeats))
+            rows.append(timed(f"{what}, {'3 levels accepted, then 7 rejected' if lucky else '7 rejected'}", call, config.repeats))
     chain = Draft.chain(ids[:, :4], q[:, :4])
     sampling = SamplingConfig(top_k=config.top_k)
     draws = dict(coins=torch.full((1, 4), 0.5, dtype=torch.float64), position_uniforms=torch.full((1, 5), 0.5, dtype=torch.float64))

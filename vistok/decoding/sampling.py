@@ -77,7 +77,8 @@ def warp(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     logits = logits.float()
     if sampling.temperature == 0:
         return keep_best(logits)
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if sampling.top_k:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
@@ -95,7 +96,7 @@ def sample(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     probabilities: [..., K], not negative, some positive; need not sum to 1. uniforms: [...] in [0, 1).
     Returns ids [...] int64. An id of probability 0 is never drawn; a row depends on its own uniform only.
     """
-    cumulative = probabilities.double().cumsum(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[..., -1]
     below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total, which no id exceeds
     target = torch.minimum(uniforms.double() * total, below)

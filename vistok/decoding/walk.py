@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.decoding.accept.rounds import Position, Trial, decide_rows
+from vistok.decoding.accept.rounds import Position, Trial, all_true, decide_rows
 from vistok.decoding.draft import Draft
 from vistok.decoding.sampling import sample
 
@@ -53,38 +53,45 @@ def walk(
     reads them.
     """
     B, shape = len(coins), draft.shape
-    device, children = coins.device, shape.children.expand(B, -1, -1)
+    M, device = shape.num_tokens, coins.device
+    children = shape.children.expand(B, -1, -1)
+    places = (children - 1).clamp(min=0)  # of children among the draft tokens
+    below = draft.ids.gather(1, places.flatten(1)).view_as(children).masked_fill(children < 0, -1) if M else children
     rows = torch.arange(B, device=device)
     node, walking = torch.zeros(B, dtype=torch.int64, device=device), active
-    path = torch.full((B, shape.depth + 1), -1, dtype=torch.int64, device=device)
-    path[:, 0] = 0
-    accepted, token, spent = torch.zeros_like(node), torch.zeros_like(node), torch.zeros(B, device=device)
+    path, token, spent = [node], node, torch.zeros(B, device=device)
     for depth in range(shape.depth + 1):
-        kids = children[rows, node] if depth < shape.depth else children.new_empty(B, 0)  # [B, C]
-        tokens = torch.where(kids > 0, draft.ids.gather(1, (kids - 1).clamp(min=0)), -1) if kids.shape[1] else kids
         p, uniform = law_of(node), position_uniforms[:, depth]
-        near = None if hidden is None else hidden[rows[:, None], kids.clamp(min=0)]
-        at = Position(p, tokens, draft.law(node), draft.drawn, near) if kids.shape[1] else Position(p, tokens, hidden=near)
+        if depth < shape.depth:
+            kids, tokens = children[rows, node], below[rows, node]  # [B, C]
+            near = None if hidden is None else hidden[rows[:, None], kids.clamp(min=0)]
+            at = Position(p, tokens, draft.law(node), draft.drawn, near)
+        else:
+            kids = tokens = node.new_empty(B, 0)
+            at = Position(p, tokens, hidden=None if hidden is None else hidden[:, :0])
         law = rule.law(at) if at.drawn == "deterministic" else None
         if law is not None:
             drawn = sample(law, uniform)
-            hits = tokens == drawn[:, None]
-            chosen = torch.where(hits.any(1), hits.long().argmax(1), -1) if kids.shape[1] else torch.full_like(node, -1)
+            after = torch.where(tokens == drawn[:, None], kids, M + 1)
+            after = after.amin(1) if depth < shape.depth else torch.full_like(node, M + 1)  # the first child that is the token
+            took = walking & (after <= M)
             loss = None if rule.exact else 0.5 * (law - p).abs().sum(1)
         else:
             noted: list[Tensor | None] = []
-            chosen, law = decide_rows(_noting(rule(at), noted), coins.gather(1, (kids - 1).clamp(min=0)))
-            drawn, loss = sample(law, uniform), noted[0]
+            chosen, law = decide_rows(_noting(rule(at), noted), coins.gather(1, places[rows, node]) if depth < shape.depth else p[:, :0])
+            took = walking & (chosen >= 0)
+            after = kids.gather(1, chosen.clamp(min=0)[:, None])[:, 0] if depth < shape.depth else node
+            drawn, loss = token if all_true(took) else sample(law, uniform), noted[0]
         if loss is not None:
             spent = spent + loss * (walking & (depth < room))
-        took = walking & (chosen >= 0)
-        token = torch.where(walking & ~took, drawn, token)
+        token = torch.where(walking, drawn, token)  # an image that goes on gets another one further down
         walking = took
         if depth == shape.depth or not bool(walking.any()):
             break
-        node = torch.where(took, kids.gather(1, chosen.clamp(min=0)[:, None])[:, 0], node)
-        path[:, depth + 1] = torch.where(took, node, -1)
-        accepted = accepted + took.long()
+        path.append(torch.where(took, after, -1))
+        node = path[-1].clamp(min=0)
+    path = F.pad(torch.stack(path, 1), (0, shape.depth + 1 - len(path)), value=-1)
+    accepted = (path >= 0).sum(1) - 1
     emitted = torch.where(active, torch.minimum(accepted + 1, room), 0)
     return Verdict(path, accepted, token, emitted, spent)
 

@@ -80,16 +80,25 @@ def one_hot(tokens: Tensor, like: Tensor) -> Tensor:
 
 def leftover(p: Tensor, q: Tensor) -> Tensor:
     """norm([p - q]+) [..., V]. Where q covers p nothing can have been rejected, and p is returned: never a law outside its support."""
-    rest = (p - q).clamp_(min=0)
+    return _normed((p - q).clamp_(min=0), p)
+
+
+def _normed(rest: Tensor, otherwise: Tensor) -> Tensor:
+    """A rest [..., V], which is overwritten, as a law; `otherwise` where nothing is left."""
     total = rest.sum(-1, keepdim=True)
-    if all_true(total > 0):
+    if total.device.type == "cpu" and total.numel() and total.amin().item() > 0:
         return rest.div_(total)
-    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(p.dtype).tiny), p)
+    return torch.where(total > 0, rest / total.clamp(min=torch.finfo(rest.dtype).tiny), otherwise)
 
 
 def all_true(mask: Tensor) -> bool:
     """Whether all entries are known to be true; an accelerator is not asked, waiting for it costs more than the work that is saved."""
     return mask.device.type == "cpu" and bool(mask.all())
+
+
+def _check_drawn(at: Position) -> None:
+    if (at.q is None) != (at.drawn == "deterministic") and at.candidates.shape[-1]:
+        raise ValueError(f"candidates drawn {at.drawn!r} {'need the' if at.q is None else 'have no'} draft law q")
 
 
 def draws(at: Position) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -99,8 +108,7 @@ def draws(at: Position) -> Iterator[tuple[int, Tensor, Tensor]]:
     could not be drawn, that law is 0 and no rule accepts it or learns from it.
     Raises ValueError: q is missing, or given with deterministic candidates.
     """
-    if (at.q is None) != (at.drawn == "deterministic") and at.candidates.shape[-1]:
-        raise ValueError(f"candidates drawn {at.drawn!r} {'need the' if at.q is None else 'have no'} draft law q")
+    _check_drawn(at)
     rest, last = at.q, at.candidates.shape[-1] - 1
     for index, tokens in enumerate(at.candidates.unbind(-1)):
         if at.q is None:
@@ -140,6 +148,9 @@ def decide_rows(trials: Iterable[Trial], uniforms: Tensor) -> tuple[Tensor, Tens
 
     Returns the accepted candidate [...], -1 for none, and the law [..., V] of the token where none was.
     """
+    if uniforms.device.type == "cpu" and uniforms.shape[:-1].numel() == 1:  # one row: numbers are quicker than tensors of one number
+        decision = decide(trials, iter(uniforms.flatten().tolist()))
+        return torch.full(uniforms.shape[:-1], decision.accepted), decision.law
     accepted = torch.full(uniforms.shape[:-1], -1, device=uniforms.device)
     for trial in trials:
         if trial.index < 0:
@@ -155,14 +166,39 @@ def verify(at: Position, law: Tensor | None = None) -> Iterator[Trial]:
     """Recursive rejection: accept x_k with r(x_k)/q_k(x_k), else go on with r = norm([r - q_k]+). Exact for `law`, p by default.
 
     A candidate of draft law 0 is not one of the draft's and is passed over.
+    q_k is q / z_k: r is 0 at every rejected token, so that q need not be emptied there, and a rejection costs one number a row.
     Source: arXiv 2402.14160, algorithm 2; with one candidate 2211.17192, algorithm 1.
     """
+    _check_drawn(at)
     r = at.p if law is None else law
     spent = None if law is None else 0.5 * (law - at.p).abs().sum(-1)
-    for index, x, q_k in draws(at):
-        yield Trial(index, quotient(chance(r, x), chance(q_k, x)), r, spent)
-        r = leftover(r, q_k)
+    if at.q is None or not at.candidates.shape[-1]:
+        for index, x in enumerate(at.candidates.unbind(-1)):
+            yield Trial(index, chance(r, x), r, spent)
+            r = leftover(r, one_hot(x, r))
+    else:
+        x, z, can_be = _shares(at)
+        weights = torch.where(can_be, z / at.q.gather(-1, x), 0.0).clamp_(max=torch.finfo(r.dtype).max).to(r.dtype)
+        minus = torch.where(can_be, -1 / z, 0.0).to(r.dtype)
+        for index, (token, weight, less) in enumerate(zip(x.split(1, -1), weights.split(1, -1), minus.split(1, -1))):
+            yield Trial(index, (r.gather(-1, token) * weight)[..., 0], r, spent)  # r(x) / q_k(x)
+            r = _normed(torch.addcmul(r, at.q, less).clamp_(min=0), r)
     yield Trial(-1, torch.ones_like(r[..., 0]), r, spent)
+
+
+def _shares(at: Position) -> tuple[Tensor, Tensor, Tensor]:
+    """Of candidates drawn from q, all [..., C]: tokens, 0 for an absent one; z_k float64, what is left of q's mass before the k-th draw;
+    and which of them q could have drawn then."""
+    x = at.candidates.clamp(min=0)
+    q = at.q.gather(-1, x).double()
+    can_be = (at.candidates >= 0) & (q > 0)
+    if at.drawn == "with_replacement" or x.shape[-1] == 1:
+        return x, torch.ones_like(q), can_be
+    can_be = can_be & ~(x[..., :, None] == x[..., None, :]).tril(-1).any(-1)
+    mass = torch.where(can_be, q, 0.0)
+    total = at.q.sum(-1, keepdim=True, dtype=torch.float64)
+    # the difference of two sums may round to less than the token's own mass, which is left before it is drawn
+    return x, torch.maximum(total - (mass.cumsum(-1) - mass), mass).clamp_(min=torch.finfo(torch.float64).tiny), can_be
 
 
 def emitted_law(trials: Iterable[Trial], candidates: Tensor) -> Tensor:

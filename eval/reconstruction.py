@@ -33,7 +33,7 @@ class Config:
     split: str = "test"
     """Which part of the data: train, test or all; the held-out part is the honest one."""
     num_tokens: tuple[int, ...] = ()
-    """Token counts to measure; none: 1, 2, 4, ... up to all."""
+    """Token counts to measure; none: 1, 2, 4, ... up to all, or as many as the model chooses for each image."""
     features: str = "conv"
     """Feature net: conv, pixels:16, timm:NAME[@FILE], torchvision:NAME[@FILE], transformers:FOLDER, inception[@FILE], vistok:MODEL."""
     image_size: int | None = None
@@ -90,16 +90,17 @@ def main(config: Config) -> None:
 
 
 @torch.inference_mode()
-def save_strip(path: Path, tokenizer, dataset, counts: list[int], config: Config, options: dict) -> None:
-    """Draw originals and reconstructions, a row an image, from the same noise as in the evaluation."""
+def save_strip(path: Path, tokenizer, dataset, counts: list[int | float], config: Config, options: dict) -> None:
+    """Draw originals and reconstructions, a row an image, from the same noise as in the evaluation; a float is a mean of own counts."""
     indices, images = next(batches(dataset, choose(dataset, config.strip_images, config.seed), config.strip_images))
     tokens = tokenizer.encode(images.to(config.device))
     options = with_image_size(tokenizer, options, tuple(images.shape[-2:]))
     columns = [images]
     for count in counts:
         generators = vistok.image_generators(config.seed, indices, config.device)
-        columns.append(as_saved(tokenizer.decode(tokens.truncate(count), generators=generators, **options).cpu()))
-    titles = ["original", *(f"{count} tokens" for count in counts)]
+        part = tokens if isinstance(count, float) else tokens.truncate(count)
+        columns.append(as_saved(tokenizer.decode(part, generators=generators, **options).cpu()))
+    titles = ["original", *(f"{count:.4g} tokens" for count in counts)]
     path.parent.mkdir(parents=True, exist_ok=True)
     make_strip([torch.stack(row) for row in zip(*columns)], column_titles=titles).save(path)
 

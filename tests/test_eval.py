@@ -9,7 +9,7 @@ import torch
 import vistok
 from eval import generation, reconstruction
 from vistok.metrics import ImagesInMemory, evaluate_generation, evaluate_reconstruction
-from vistok.metrics.evaluate import find_near_copies
+from vistok.metrics.evaluate import as_saved, find_near_copies, psnr
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,18 @@ def test_a_fixed_length_tokenizer_is_measured_at_its_only_count(fsq2d):
     assert without_time(again.rows) == without_time(result.rows)
     with pytest.raises(ValueError, match="always makes"):
         evaluate_reconstruction(fsq2d, dataset, num_images=4, features="pixels:8", num_tokens=[1, 2])
+
+
+def test_a_tokenizer_that_chooses_how_many_tokens_is_measured_at_those_it_chose():
+    torch.manual_seed(0)
+    model, images = vistok.create("lavit-tiny").eval(), as_saved(torch.rand(6, 3, 32, 32) * 2 - 1)
+    torch.nn.init.normal_(model.selector.head[0].weight, std=1.0)
+    torch.nn.init.normal_(model.selector.head[2].weight, std=1.0)
+    model.calibrate(images, 0.5)
+    tokens = model.encode(images)
+    (row,) = evaluate_reconstruction(model, ImagesInMemory(images), features="pixels:8").rows
+    assert tokens.counts.min() < tokens.counts.max() and row["num_tokens"] == float(tokens.counts.double().mean())
+    assert row["psnr"] == pytest.approx(float(psnr(as_saved(model.decode(tokens)), images).mean()), abs=1e-4)
 
 
 def test_wrong_counts_options_and_sets_are_refused(flextok):

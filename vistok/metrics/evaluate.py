@@ -42,7 +42,8 @@ def evaluate_reconstruction(
 ) -> Evaluation:
     """Quality of a tokenizer at every token count.
 
-    num_tokens: counts to measure; None: 1, 2, 4, ... up to all for a nested tokenizer, the one count of a fixed-length tokenizer.
+    num_tokens: counts to measure; None: 1, 2, 4, ... up to all for a nested tokenizer, the one count of a fixed-length tokenizer, and
+    for one that chooses how many tokens an image gets, those it chose (the row says their mean).
     features: for the Frechet and kernel distance and for retrieval (`nearest_is_right`, cosine).
     num_images: how many of the set, drawn by `seed`; None: all. decode_options: passed on to `tokenizer.decode`.
     Image i is decoded from the generator of (seed, i), the same at every count. Rows hold num_tokens, PSNR, SSIM, frechet,
@@ -58,11 +59,17 @@ def evaluate_reconstruction(
     options |= decode_options
     num_kept = len(reference)
     rows = []
-    for count in _counts(tokenizer, num_tokens, min(int(tokens.counts.min()) for _, tokens in parts)):
+    lengths = torch.cat([tokens.counts for _, tokens in parts])
+    chosen_by_model = not num_tokens and bool((lengths != lengths[0]).any())
+    for count in [None] if chosen_by_model else _counts(tokenizer, num_tokens, int(lengths.min())):
         started = time.perf_counter()
         scores, found, usage = _reconstruct(tokenizer, dataset, parts, count, net, seed, decode_options, progress)
         distance = kid(found, reference, num_subsets=kid_subsets, subset_size=kid_subset_size, seed=seed)
-        row = {"num_tokens": count, "psnr": float(scores[:, 0].mean()), "ssim": float(scores[:, 1].mean())}
+        row = {
+            "num_tokens": float(lengths.double().mean()) if count is None else count,
+            "psnr": float(scores[:, 0].mean()),
+            "ssim": float(scores[:, 1].mean()),
+        }
         row |= {"frechet": frechet_between(found, reference), "kid": distance.mean, "kid_std": distance.std}
         row["nearest_is_right"] = nearest_feature_is_right(found, reference)
         if usage is not None:
@@ -101,14 +108,14 @@ def _encode(tokenizer, dataset: ImageSource, chosen: list[int], net: FeatureNet,
 
 
 def _reconstruct(
-    tokenizer, dataset: ImageSource, parts: list, count: int, net: FeatureNet, seed: int, decode_options: dict, progress: bool
+    tokenizer, dataset: ImageSource, parts: list, count: int | None, net: FeatureNet, seed: int, decode_options: dict, progress: bool
 ):
-    """Decode the first `count` tokens of every image: (PSNR, SSIM) [N, 2], features [N, D], codebook usage or None."""
+    """Decode the first `count` tokens of every image, None for all: (PSNR, SSIM) [N, 2], features [N, D], codebook usage or None."""
     device, usage = _device_of(tokenizer), CodebookUsage(tokenizer.codebook_size) if tokenizer.codebook_size else None
     scores, found = [], []
-    for indices, tokens in tqdm(parts, desc=f"{count} tokens", unit="batch", disable=not progress):
+    for indices, tokens in tqdm(parts, desc="decode" if count is None else f"{count} tokens", unit="batch", disable=not progress):
         (_, originals), *_ = batches(dataset, indices, len(indices))
-        tokens = tokens.truncate(count)
+        tokens = tokens if count is None else tokens.truncate(count)
         if usage is not None:
             usage.update(tokens.ids)
         with torch.inference_mode():

@@ -7,12 +7,12 @@ import torch
 
 import vistok
 from vistok import rng
-from vistok.decoding import SamplingConfig, generate
+from vistok.decoding import SamplingConfig, generate, tuning
 from vistok.decoding.accept import make_rule
 from vistok.decoding.draft import TreeShape
 from vistok.decoding.drafters import make_drafter
 from vistok.decoding.speculative import speculate
-from vistok.decoding.tuning import Pace
+from vistok.decoding.tuning import Memory, Pace
 from vistok.decoding.uniforms import Uniforms
 from vistok.layers.placement import PlacedCache
 
@@ -231,9 +231,60 @@ def test_a_chain_becomes_as_long_as_pays_and_a_tree_stays_whole():
     assert pace.break_even == pytest.approx(1.8)
 
 
+def test_after_a_loss_calls_stay_plain_ever_longer_until_drafting_pays():
+    def calls_without_a_try(memory):
+        waited = 0
+        while not memory.should_try():
+            assert "plain decoding from the start" in memory.decision
+            waited += 1
+        return waited
+
+    memory = Memory()
+    lost, won = paced([1, 1, 1, 1, 4.0], 0)[0], paced([1, 1.2, 1.4, 1.6, 1.8], 4)[0]
+    waits = [calls_without_a_try(memory)]
+    for ended in (lost, lost, lost, lost, won, won, lost):
+        memory.learn(ended)
+        waits.append(calls_without_a_try(memory))
+    assert waits == [0, 4, 16, 64, 64, 0, 0, 4]
+    assert memory.break_even == lost.break_even
+
+
+@pytest.mark.parametrize("case", [case for case in DRAFTERS if case != "recycling"])
+def test_unconditional_rows_are_dropped_once_guidance_has_ended(case):
+    model, rows = make(), []
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: rows.append(len(inputs[0])))
+
+    def until_6(step):
+        return 2.5 if step < 6 else 1.0
+
+    def for_ever(step):  # the same tokens, with a last token's scale that keeps the unconditional rows
+        return 2.5 if step < 6 else 1.0 if step < 15 else 1.0 + 1e-12
+
+    first, _ = run(model, case, sampling=GREEDY, scale=until_6)
+    dropped, rows[:] = rows[:], []
+    second, _ = run(model, case, sampling=GREEDY, scale=for_ever)
+    plain, _ = generate(model, condition(model, 4), generators=rng.image_generators(0, 4), sampling=GREEDY, guidance_scale=until_6)
+    assert torch.equal(first.ids, plain.ids) and torch.equal(first.ids, second.ids)
+    assert dropped[0] == 8 and dropped[-1] == 4 and sum(dropped) < sum(rows)
+
+
 def test_finding_the_length_changes_no_token_of_drafts_that_are_not_drawn():
     model = make()
     plain, _ = generate(model, condition(model, 4), generators=rng.image_generators(0, 4), sampling=SamplingConfig(temperature=0.9))
     tokens, stats = run(model, "copy", num_draft_tokens=None)
     assert torch.equal(tokens.ids, plain.ids)
     assert stats.decision and stats.break_even > 0
+
+
+@pytest.mark.parametrize("case", ["copy", "model best"])
+def test_a_call_after_a_loss_is_plain_from_its_first_token_and_another_drafter_is_tried(case):
+    model = make()
+    plain, _ = generate(model, condition(model, 4), generators=rng.image_generators(0, 4), sampling=SamplingConfig(temperature=0.9))
+    run(model, case, num_draft_tokens=None)
+    (memory,) = tuning._memories[model].values()  # one, that the drafter of the next call is known by too
+    memory.learn(paced([1, 1, 1, 1, 4.0], 0)[0])
+    tokens, stats = run(model, case, num_draft_tokens=None)
+    assert torch.equal(tokens.ids, plain.ids)
+    assert "from the start" in stats.decision and stats.accepted == (4 * 15,) and stats.target_passes == 16
+    _, stats = run(model, "recycling", num_draft_tokens=None)
+    assert "from the start" not in stats.decision

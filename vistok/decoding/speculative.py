@@ -26,7 +26,7 @@ from vistok.decoding.generate import WORTH_PACKING, guidance_schedule
 from vistok.decoding.sampling import SamplingConfig, sample
 from vistok.decoding.state import DecodingState, TargetPass
 from vistok.decoding.stats import SpeculationStats, Tally
-from vistok.decoding.tuning import Pace, clock_for, plain_seconds
+from vistok.decoding.tuning import Memory, Pace, clock_for, memory_of, plain_seconds
 from vistok.decoding.uniforms import GivenUniforms, Uniforms
 from vistok.decoding.walk import Verdict, walk, walk_chain
 from vistok.layers.packed import packed_linears
@@ -67,9 +67,9 @@ def speculate(
     drafter, rule: see `vistok.protocols`; `make_drafter` and `make_rule` build them by name. With an exact rule the tokens have the law of
     `generate`; where the drafter's tokens are not drawn, or temperature is 0, they are the very tokens of `generate` with those generators,
     up to rounding.
-    num_draft_tokens: M; "auto" finds it while it drafts and goes back to plain decoding where drafting loses (`decoding.tuning`). Of drawn
-    drafts the tokens then depend on how quick the machine is, though not their law. None: "auto" where no token depends on it, else all
-    that the drafter makes.
+    num_draft_tokens: M; "auto" finds it while it drafts and goes back to plain decoding where drafting loses, or lost in the calls before
+    (`decoding.tuning`). Of drawn drafts the tokens then depend on how quick the machine is, though not their law. None: "auto" where no
+    token depends on it, else all that the drafter makes.
     uniforms: [B, n] on [0, 1), instead of generators, used in the order the head of this file says; n is at least N and enough.
     Every generator is advanced by `model.max_tokens` uniforms and one integer. Image i depends on its own generator alone.
     Raises ValueError: the generator is no next-token model or in training mode, a number is out of range, or not exactly one of generators
@@ -100,7 +100,11 @@ def speculate(
     run = _Run(state, drafter, rule, of_position, on_step)
     with packed_linears(model, state.num_rows * (M + 1)) if N >= WORTH_PACKING else nullcontext():
         if M and N > 1:
-            run.draft(M, paces=lambda draft: num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling)))
+            run.draft(
+                M,
+                paces=lambda draft: num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling)),
+                memory=memory_of(model, drafter, (M, num_draft_tokens, N, str(rule), sampling, state.num_rows)),
+            )
         run.finish()
     ids = state.ids[:, :N].clone()
     return VisualTokens.from_ids(ids, model.layout), run.stats(time.perf_counter() - began)
@@ -112,12 +116,20 @@ class _Run:
     def __init__(self, state: DecodingState, drafter, rule, of_position: Tensor, on_step):
         self.state, self.drafter, self.rule, self.of_position, self.on_step = state, drafter, rule, of_position, on_step
         self.tally = Tally(state.num_images, drafter.num_nodes, device=state.ids.device)
-        self.pace: Pace | None = None
+        self.pace: Pace | Memory | None = None
         self._reported = 0
         self._report()
 
-    def draft(self, budget: int, *, paces: Callable[[Draft], bool]) -> None:
+    def draft(self, budget: int, *, paces: Callable[[Draft], bool], memory: Memory) -> None:
         """Draft and verify until every image is done, or drafting is found to lose. paces: whether that may be found, for such drafts."""
+        if not memory.should_try():
+            self.pace = memory
+            return
+        self._draft(budget, paces)
+        if self.pace is not None:
+            memory.learn(self.pace)
+
+    def _draft(self, budget: int, paces: Callable[[Draft], bool]) -> None:
         state, drafter, N = self.state, self.drafter, self.state.num_tokens
         clock = clock_for(state.ids.device)
         began = clock()
@@ -135,6 +147,7 @@ class _Run:
             self.tally.add(draft, verdict)
             observing = clock()
             drafter.observe(state, verdict, target)
+            state.end_guidance()
             ended = clock()
             self.tally.drafter_seconds += drafting + ended - observing
             if self.pace is not None:
@@ -152,6 +165,7 @@ class _Run:
         state = self.state
         with packed_linears(state.model, state.num_rows) if state.num_tokens - state.span[0] >= WORTH_PACKING else nullcontext():
             while state.span[0] < state.num_tokens:
+                state.end_guidance()
                 self.tally.add_plain(state.active)
                 _take(state, _next_token(state, self.of_position))
                 self._report()
@@ -187,6 +201,7 @@ def read_prefix(
         condition=condition,
         sampling=sampling,
         scales=scales[0] if len(set(scales)) == 1 else torch.tensor(scales, device=ids.device),
+        guided_tokens=max((n + 1 for n, scale in enumerate(scales) if scale != 1), default=0),
         num_images=B,
         num_rows=rows,
         num_tokens=N,

@@ -25,6 +25,8 @@ class DecodingState:
     sampling: SamplingConfig
     scales: Tensor | float
     """[N] float: guidance of each position; one number where it is the same for all."""
+    guided_tokens: int
+    """Tokens from the first to the last one with a scale other than 1."""
     num_images: int
     num_rows: int
     num_tokens: int
@@ -54,6 +56,18 @@ class DecodingState:
     def rows(self, x: Tensor) -> Tensor:
         """[R, ...] of [B, ...]: conditional and unconditional rows share every decision."""
         return x if self.num_rows == self.num_images else torch.cat([x, x])
+
+    def end_guidance(self) -> None:
+        """Drop the unconditional rows once no token left to decide is guided; drafters follow when they draft next (`follow_rows`)."""
+        if self.num_rows > self.num_images and self.span[0] >= self.guided_tokens:
+            self.num_rows = self.num_images
+            self.condition, self.features = self.condition[: self.num_rows], self.features[: self.num_rows]
+            self.follow_rows(self.cache)
+
+    def follow_rows(self, cache: PlacedCache) -> None:
+        """Drop the rows of a cache, the target's or a drafter's, that are not decoded any more."""
+        if len(cache.lengths) > self.num_rows:
+            cache.keep_rows(self.num_rows)
 
     def uniforms(self, count: int) -> Tensor:
         """[B, count] on [0, 1); row b does not depend on the other rows."""

@@ -8,6 +8,7 @@
 The account of what drafting has cost so far, steps t(m) - t0 tokens of the slowest image, may not rise above 4 % of the call's plain time:
 drafting ends for the rest of the call where a step that gains nothing would take it there. t is the lower quartile of the steps so far,
 since other work on the machine only ever makes a step longer; on a CPU the clock counts this thread's own time for the same reason.
+Where drafting lost, the calls that follow do not try: 4 of them, then 16, then 64 after each further loss in a row (`Memory`).
 """
 
 import time
@@ -17,10 +18,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from vistok.decoding.growth import Growth
+
 _PROBE, _AGAIN = 6, 16  # steps before the first choice, and between choices
 _MOST_LOST = 0.04
 _CLEARLY = 1.1  # how much better a shorter draft must look: a window that is shorter also has less time to settle
+_PATIENCE, _MOST_PATIENCE = 4, 64  # calls without a try after the first loss, each further one, at most
 _plain_seconds: WeakKeyDictionary[torch.nn.Module, dict[tuple, float]] = WeakKeyDictionary()
+_memories: WeakKeyDictionary[torch.nn.Module, dict[tuple, "Memory"]] = WeakKeyDictionary()
 
 
 def clock_for(device: torch.device) -> Callable[[], float]:
@@ -41,6 +46,39 @@ def plain_seconds(model: torch.nn.Module, num_rows: int, clock: Callable[[], flo
             times.append(clock() - began)
         known[key] = min(times)
     return known[key]
+
+
+class Memory:
+    """What calls with one model, drafter and device have found of drafting: whether the next one should try it."""
+
+    def __init__(self):
+        self._losses = self._waits = 0
+        self.break_even: float | None = None
+        self.decision = ""
+
+    def should_try(self) -> bool:
+        """Whether this call drafts; asked once a call."""
+        self._waits -= 1
+        return self._waits < 0
+
+    def learn(self, pace: "Pace") -> None:
+        """How a call that tried has ended."""
+        self.break_even = pace.break_even
+        self._losses = 0 if pace.budget else self._losses + 1
+        self._waits = min(_PATIENCE**self._losses, _MOST_PATIENCE) if self._losses else 0
+        self.decision = f"plain decoding from the start, as an earlier call found: {pace.decision}"
+
+
+def memory_of(model: torch.nn.Module, drafter, settings: tuple) -> Memory:
+    """The memory of calls on this model and device with these settings and such a drafter: of this class, options and weights."""
+    options = []
+    for name, value in vars(drafter).items():
+        if isinstance(value, torch.nn.Module):
+            options.append((name, float(list(value.parameters())[-1].detach().double().sum())))
+        elif isinstance(value, int | str | Growth):
+            options.append((name, value))
+    key = (type(drafter).__name__, *options, settings, str(next(model.parameters()).device), torch.get_num_threads())
+    return _memories.setdefault(model, {}).setdefault(key, Memory())
 
 
 class Pace:

@@ -97,6 +97,11 @@ class PlacedCache:
         mask = mask | (inside & ancestors.expand(B, -1, -1).gather(2, node))
         return Placement(first - self.prefix_length + depths, slots, mask[:, None], start)
 
+    def keep_rows(self, num_rows: int) -> None:
+        """Forget all rows but the first ones: the unconditional half, once guidance is over. Copies nothing."""
+        self.keys, self.values, self.lengths = self.keys[:, :num_rows], self.values[:, :num_rows], self.lengths[:num_rows]
+        self.visible = None if self.visible is None else self.visible[:num_rows]
+
     def keep(self, path: Tensor, accepted: Tensor, *, is_chain: bool) -> None:
         """Keep the slots of each row's path, the root and its accepted nodes, and forget the others.
 

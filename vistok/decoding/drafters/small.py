@@ -51,6 +51,7 @@ class ModelDrafter:
         self._cache = PlacedCache(cache)
 
     def propose(self, state, budget: int) -> Draft:
+        state.follow_rows(self._cache)
         back = int(state.span[0] > 1)  # the token before the root, where there is one
 
         def expand(ids: Tensor, ancestors: Tensor, depth: int) -> Tensor:

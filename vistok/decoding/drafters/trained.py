@@ -43,6 +43,8 @@ class CatchingUp:
 
     def pending(self, state) -> tuple[Tensor, Tensor, object]:
         """Places n [B, T] of tokens not read yet, f_n [R, T, D], and where they go. What stands behind a row's own is overwritten."""
+        state.follow_rows(self.cache)
+        self._features = self._features[: state.num_rows]
         T = self._features.shape[1]
         steps = torch.arange(T, device=self._counts.device)
         seen = torch.ones(1, T, T, dtype=torch.bool, device=steps.device).tril()

@@ -227,3 +227,24 @@ def test_rules_with_a_budget_keep_the_joint_law_within_it(shape, name, eps):
     assert (stats.total_variation_spent or 0.0) / (len(ids) * (laws.N - 1)) <= eps + 1e-6
     if shape == "chain":
         assert apart > noise, "nothing was spent, so nothing was tested"
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_draft_the_same_where_the_unconditional_rows_are_dropped(name):
+    target = make_target()
+    drafter, results = make_drafter(name, target, head=make_head(name, target), **SHAPES["tree"]), []
+    for last in (1.0, 1.0 + 1e-12):  # the second rounds to no guidance, but keeps the rows to the end
+        scales = [2.5] * 6 + [1.0] * 9 + [last]
+        results.append(
+            speculate(
+                target,
+                condition(target, 3),
+                drafter=drafter,
+                rule=make_rule("standard"),
+                generators=rng.image_generators(0, 3),
+                num_draft_tokens=drafter.num_nodes,
+                guidance_scale=lambda step, scales=scales: scales[step],
+            )
+        )
+    (dropped, few), (kept, many) = results
+    assert torch.equal(dropped.ids, kept.ids) and few.accepted == many.accepted

@@ -83,6 +83,22 @@ def test_the_answers_alone_reach_both_thresholds():
     assert all(bool((stage.head.bias.grad != 0).all()) for stage in pruner.stages)
 
 
+def test_answers_that_are_not_there_yet_in_use_change_no_mask_of_training():
+    model, inputs = build("llava")
+    answer = torch.tensor([[9, 17, 33], [40, 41, 42]])
+    ids, mask = torch.cat([inputs["input_ids"], answer], dim=1), torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
+    is_answer = torch.zeros_like(ids, dtype=torch.bool)
+    is_answer[:, -3:] = True
+    pruner, kept = atp(), []
+    with torch.no_grad():
+        for tokens, valid, answers in ((inputs["input_ids"], inputs["attention_mask"], None), (ids, mask, is_answer), (ids, mask, None)):
+            with SoftLayers(model, pruner, answers=answers) as soft:
+                model(input_ids=tokens, attention_mask=valid, pixel_values=inputs["pixel_values"])
+            kept.append(torch.stack(soft.kept)[..., : inputs["input_ids"].shape[1]])
+    torch.testing.assert_close(kept[1], kept[0], atol=1e-5, rtol=1e-5)
+    assert (kept[2] - kept[0]).abs().max() > 1e-4
+
+
 def test_the_budget_is_in_tokens_and_a_floor_holds_every_stage_up():
     kept = [torch.full((2, 10), value) for value in (0.9, 0.3, 0.0)]
     terms = budget_loss(kept, torch.tensor([10, 10]), (1, 2, 3), target=0.25, floor=0.1)

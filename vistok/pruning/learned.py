@@ -175,17 +175,18 @@ class SoftLayers(Hooked):
     """The learned stages on a model for training: all tokens stay, and their masks bias the attention.
 
     After a forward `kept` holds, for each stage, [B, Q] the product of the masks so far (0 for text), and `num_visual` [B] how many there
-    were. is_hard: masks of 0 and 1, no gradients; then the logits are those of `vistok.prune(model, pruner)`.
+    were. is_hard: masks of 0 and 1, no gradients; then the logits are those of `vistok.prune(model, pruner)`. answers: [B, Q] bool, words
+    that are not there yet when a prompt is pruned: no score reads them.
     """
 
-    def __init__(self, model: nn.Module, pruner: LearnedPruner, *, is_hard: bool = False):
+    def __init__(self, model: nn.Module, pruner: LearnedPruner, *, is_hard: bool = False, answers: Tensor | None = None):
         family, text = family_of(model), text_model(model)
         layers = pruner.settings.layers
         if family.not_inside or text.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"soft masks need attention biases in every layer; {kind_of(model)} as it is set up takes none")
         if layers[-1] >= len(text.layers):
             raise ValueError(f"the pruner has stages before layers {layers}, the model has {len(text.layers)}")
-        self.model, self.pruner, self.text, self.is_hard = model, pruner, text, is_hard
+        self.model, self.pruner, self.text, self.is_hard, self.answers = model, pruner, text, is_hard, answers
         self.kept: list[Tensor] = []
         self._calls: dict[int, AttentionCall] = {}
         self._handles: list = [
@@ -234,8 +235,11 @@ class SoftLayers(Hooked):
         before = self.kept[-1] if self.kept else self._is_visual.float()
         alive = self._is_visual & (before > 0.5)
         ordinal = torch.where(self._is_visual, self._is_visual.cumsum(dim=1) - 1, -1)
+        is_text = self._is_valid & ~self._is_visual
+        if self.answers is not None:
+            is_text = is_text & ~self.answers
         view = StageView(
-            number, hidden, alive, self._is_valid & ~self._is_visual, self._embeddings, kwargs.get("position_embeddings"),
+            number, hidden, alive, is_text, self._embeddings, kwargs.get("position_embeddings"),
             self._calls.pop(number), ordinal,
         )  # fmt: skip
         choice = self.pruner.stages[self.pruner.settings.layers.index(number)](view, self._is_visual)
@@ -285,7 +289,7 @@ def _received_from_text(view: StageView) -> Tensor:
     rows = pack_left(view.is_text)
     attention = attention_of_rows(view.call, rows.clamp(min=0))[..., -view.hidden.shape[1] :].mean(dim=1)  # [B, R, Q]
     is_word = (rows >= 0)[..., None]
-    return (attention * is_word).sum(dim=1) / is_word.sum(dim=1)
+    return attention.masked_fill(~is_word, 0).sum(dim=1) / is_word.sum(dim=1)  # padding, which stands in for a word, sees nothing: nan
 
 
 def _on_unit_scale(score: Tensor, among: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def _question_data(target: str, model, config: TrainConfig) -> tuple:
         raise ValueError(
             f"{target} is no model of `vistok train vlm`: a pruner learns from questions in its words, and it does not know {missing[0]!r}"
         )
-    return QuestionScenes(), None
+    return QuestionScenes(num_questions=1), None  # as prompts are in use: what the words attend to depends on how many they ask for
 
 
 def _image_data(target: str, model, config: TrainConfig) -> tuple:

@@ -61,7 +61,7 @@ class PrunerTask(TrainingTask):
 
     def forward(self, batch: QuestionBatch, generators, step) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro batch; logs the share of tokens that each stage leaves, by the soft count. No random draws."""
-        with SoftLayers(self.scenes.model, self.model) as soft:
+        with SoftLayers(self.scenes.model, self.model, answers=batch.targets >= 0) as soft:
             logits = self._logits(batch)
         target = batch.targets[:, 1:]
         is_asked = target >= 0
@@ -84,7 +84,7 @@ class PrunerTask(TrainingTask):
         from vistok.pruning import prune
 
         device = next(self.model.parameters()).device
-        batch = self.scenes.batch([question_scene(number, split=TEST) for number in range(32)]).to(device)
+        batch = self.scenes.batch([question_scene(number, split=TEST, num_questions=1) for number in range(64)]).to(device)
         figures = {"held_out_unpruned": self._right(batch)}
         with prune(self.scenes.model, self.model) as pruned:
             figures["held_out_pruned"] = self._right(batch)

@@ -6,6 +6,7 @@ nothing else. C classes, n images or questions.
 """
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import vistok
 from vistok.pruning.blocks import parts_of
 from vistok.pruning.cost import ViTCost
+from vistok.pruning.stages import LayerMethod, StageChoice, StageView
 from vistok.pruning.strategies import Strategy, ZeroTPrune, create_strategy
 
 
@@ -214,6 +216,29 @@ def prefill_macs(config, lengths: Sequence[int]) -> int:
     head = getattr(config, "head_dim", None) or d // config.num_attention_heads
     weights = 2 * d * head * (config.num_attention_heads + config.num_key_value_heads) + 3 * d * hidden
     return sum(n * weights + 2 * n * n * head * config.num_attention_heads for n in lengths)
+
+
+@torch.inference_mode()
+def stage_shares(model: nn.Module, asked: Asked, pruner, *, batch_size: int = 50) -> tuple[float, ...]:
+    """Share of all visual tokens that a learned pruner leaves after each of its stages."""
+    kept, total = torch.zeros(len(pruner.settings.layers)), 0
+    with vistok.prune(model, pruner) as pruned:
+        for start in range(0, len(asked.texts), batch_size):
+            part = slice(start, start + batch_size)
+            model(**model.processor(images=list(asked.images[part]), text=list(asked.texts[part]), return_tensors="pt", padding=True))
+            kept += torch.tensor(pruned.stats().num_kept).sum(dim=1)
+            total += sum(pruned.stats().num_visual)
+    return tuple((kept / total).tolist())
+
+
+def every_second(model: nn.Module) -> LayerMethod:
+    """The baseline that knows these scenes: every second row and column of the picture stays, a quarter of its tokens."""
+    side = math.isqrt(model.config.image_seq_length)
+
+    def choose(view: StageView, counts: list[int]) -> StageChoice:
+        return StageChoice(view.is_visual & (view.ordinal // side % 2 == 0) & (view.ordinal % 2 == 0))
+
+    return LayerMethod(choose)
 
 
 INSIDE = {

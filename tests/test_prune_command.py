@@ -119,3 +119,34 @@ def test_verdicts_of_the_claims_are_paired_and_skip_budgets_one_side_cannot_reac
     assert compare(rows, "vit", ("A is closer", "A", "B"), "divergence").difference == pytest.approx(1)
     rows |= {"vit/random 0/0.5": row([1, 0]), "vit/random 1/0.5": row([1, 1])}
     assert series(rows, "vit", "random", "right")["0.5"].tolist() == [1.0, 0.5]
+
+
+def test_a_learned_pruner_is_judged_against_its_own_baselines_and_against_no_pruning():
+    from eval.claims.pruning_report import _learned, learned_baselines
+
+    def row(right, **facts):
+        return {"right": right, "divergence": [0.0] * len(right), **facts}
+
+    full, kept, lost = [1] * 100, [1] * 100, [1] * 50 + [0] * 50
+    rows = {"vlm/unpruned/1": row(full), "vlm-learned/ATP/learned": row(kept, layers=[1, 3], shares=[0.3, 0.2])}
+    rows |= {f"vlm-learned/{name}/learned": row(lost) for name in learned_baselines("ATP", (0, 1))}
+    lines = _learned(rows)
+    assert "| stages before layers 1, 3: 0.300, 0.200 of the tokens left | |" in lines
+    kept, *others = [line for line in lines if line.startswith("* ")]
+    assert "75% of the visual tokens removed" in kept and "**holds**, +0.00" in kept
+    assert len(others) == 4 and all("**holds**, +50.00" in line for line in others)
+
+
+def test_the_bundled_pruner_leaves_a_quarter_of_the_visual_tokens():
+    from eval.pruning_measure import every_second, scene_questions, stage_shares
+
+    pytest.importorskip("transformers")
+    model, pruner = vistok.load("vistok/emoji-vlm"), vistok.load("vistok/emoji-vlm-atp")
+    asked = scene_questions(model, 8)
+    shares = stage_shares(model, asked, pruner)
+    assert sum(shares) / len(shares) == pytest.approx(0.25, abs=0.03) and list(shares) == sorted(shares, reverse=True)
+    inputs = model.processor(images=asked.images, text=asked.texts, return_tensors="pt", padding=True)
+    with torch.no_grad(), vistok.prune(model, every_second(model), layer=1, keep_ratio=0.25) as pruned:
+        model(**inputs)
+    rows = pruned.drops()[0][1][inputs["input_ids"] == model.config.image_token_id].view(8, 8, 8)
+    assert not rows[:, ::2, ::2].any() and int(rows.sum()) == 8 * 48

@@ -21,17 +21,20 @@ import tyro
 from tqdm.auto import tqdm
 
 import vistok
-from eval.claims.pruning_report import draw_curves, markdown
+from eval.claims.pruning_report import draw_curves, learned_baselines, markdown
 from eval.pruning import open_classified
 from eval.pruning_measure import (
     INSIDE,
+    Asked,
     Measurement,
+    every_second,
     matched,
     run_lower_resolution,
     run_small_picture,
     run_vit,
     run_vlm,
     scene_questions,
+    stage_shares,
 )  # fmt: skip
 from vistok.metrics import command_line
 from vistok.metrics.protocol import machine
@@ -84,6 +87,8 @@ class Config:
     """The classifier."""
     vlm: str = "vistok/emoji-vlm"
     """The vision-language model; "" leaves that part out."""
+    learned: tuple[str, ...] = ("vistok/emoji-vlm-atp",)
+    """Pruners of `vistok train pruner --target VLM`: bundled names or run folders; each is compared in its own stages."""
 
 
 class Store:
@@ -105,6 +110,14 @@ class Store:
         self.rows[key] = found.row() | {
             "right": found.right.int().tolist(), "divergence": [round(value, 6) for value in found.divergence.tolist()],
         }  # fmt: skip
+        self._write()
+
+    def note(self, key: str, **facts) -> None:
+        """Add facts to a measured row."""
+        self.rows[key] |= facts
+        self._write()
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({"about": self.about, "rows": self.rows}) + "\n", encoding="utf-8")
 
@@ -173,6 +186,24 @@ def measure_vlm(store: Store, config: Config) -> None:
     for key, run in tqdm(jobs, desc="vision-language model", disable=None):
         store.measure(key, run)
     store.rows["vlm/unpruned/1"]["kinds"] = asked.kinds
+    for name in config.learned:
+        measure_learned(store, config, vistok.load(name), model, asked, reference)
+
+
+def measure_learned(store: Store, config: Config, pruner, model, asked: Asked, reference) -> None:
+    """A learned pruner, and what keeps as many tokens after the same stages without learning anything."""
+    title, layers = type(pruner).__name__, pruner.settings.layers
+    keys = [f"vlm-learned/{name}/learned" for name in (title, *learned_baselines(title, config.seeds))]
+    if all(key in store.rows for key in keys):
+        return
+    shares = stage_shares(model, asked, pruner)
+    stages = {"layers": layers, "keep_ratios": shares}
+    once = {"layer": layers[0], "keep_ratio": sum(shares) / len(shares)}
+    jobs = [(pruner, {}), ("pyramiddrop", stages), ("fastv", once), (every_second(model), {"layer": layers[0], "keep_ratio": 0.25})]
+    jobs += [("random", {"seed": seed, **stages}) for seed in config.seeds]
+    for key, (method, options) in tqdm(list(zip(keys, jobs, strict=True)), desc=title, disable=None):
+        store.measure(key, lambda method=method, options=options: run_vlm(model, asked, reference, method, **options)[0])
+        store.note(key, layers=list(layers), shares=list(shares))
 
 
 if __name__ == "__main__":

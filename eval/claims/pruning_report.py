@@ -48,6 +48,18 @@ INSIDE_CLAIMS = (
     ("DART beats FastV", "DART", "FastV"),
     ("PyramidDrop beats random in the same stages", "PyramidDrop", "random in stages"),
 )
+LEARNED_CLAIMS = (
+    ("beats PyramidDrop at as many tokens after the same stages", "PyramidDrop"),
+    ("beats FastV at as many tokens from its first stage on", "FastV"),
+    ("beats random tokens in the same stages", RANDOM),
+    ("beats every second row and column of tokens from its first stage on", "every second row and column"),
+)
+
+
+def learned_baselines(title: str, seeds: Sequence[int]) -> list[str]:
+    """Settings that a learned pruner is held against, at its own numbers of tokens."""
+    names = ("PyramidDrop", "FastV", "every second row and column")
+    return [f"{name}, as {title}" for name in names] + [f"{RANDOM}, as {title} {seed}" for seed in seeds]
 
 
 def series(rows: dict[str, dict], part: str, name: str, field: str) -> dict[str, torch.Tensor]:
@@ -88,6 +100,7 @@ def markdown(rows: dict[str, dict], about: dict) -> str:
         lines += _verdicts(rows, "vlm", VLM_CLAIMS)
         lines += _table(rows, "vlm-inside", "share of visual tokens left from layer 2 on (in stages: from layers 2, 3 and 4)")
         lines += _verdicts(rows, "vlm-inside", INSIDE_CLAIMS)
+        lines += _learned(rows)
     hardware = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
     return "\n".join([*lines, f"Machine: {hardware}. Command: `{about['command']}`"])
 
@@ -130,6 +143,28 @@ def _verdicts(rows: dict[str, dict], part: str, claims: Sequence[tuple[str, str,
             f"{closeness.difference:.3g} ± {closeness.spread:.2g} nats ({closeness.verdict})"
         )
     return [*lines, ""]
+
+
+def _learned(rows: dict[str, dict]) -> list[str]:
+    """Each learned pruner beside what keeps as many tokens without learning, and what can be said of it."""
+    part, full, lines = "vlm-learned", torch.tensor(rows["vlm/unpruned/1"]["right"], dtype=torch.float64), []
+    for title in [name for name in _names(rows, part) if ", as " not in name]:
+        facts = rows[f"{part}/{title}/learned"]
+        shares = ", ".join(f"{share:.3f}" for share in facts["shares"])
+        lines += [f"| stages before layers {', '.join(map(str, facts['layers']))}: {shares} of the tokens left | |", "|---|---|"]
+        names = [name for name in _names(rows, part) if name == title or name.endswith(f", as {title}")]
+        for name in names:
+            right, divergence = (series(rows, part, name, field)["learned"] for field in ("right", "divergence"))
+            drop = full - right
+            error = 100 * drop.std() / len(drop) ** 0.5
+            lines.append(f"| {name} | {100 * right.mean():.1f} ± {error:.1f}, {divergence.mean():.3g} |")
+        loss = 100 * (series(rows, part, title, "right")["learned"] - full)
+        kept = Judgement("", float(loss.mean()), float(loss.std() / len(loss) ** 0.5), -2.0, 1)
+        removed = 1 - fmean(facts["shares"])
+        what = f"{title} with {removed:.0%} of the visual tokens removed stays within 2 points of the unpruned accuracy"
+        lines += ["", f"* {what}: **{kept.verdict}**, {kept.difference:+.2f} ± {kept.spread:.2f} points"]
+        lines += _verdicts(rows, part, [(f"{title} {claim}", title, f"{name}, as {title}") for claim, name in LEARNED_CLAIMS])
+    return lines
 
 
 def _kinds(rows: dict[str, dict]) -> list[str]:

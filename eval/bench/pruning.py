@@ -5,7 +5,8 @@
 
 DeiT-S at 224 with fresh weights (speed does not depend on them), the published budgets: ToMe r = 13, PiToMe keeping 0.908 a layer,
 Zero-TPrune's defaults. A pair is one unpruned and one pruned forward, in turn first; the speed-up is the median of the pairs' ratios, with
-the quartiles beside it. "bound" is the ratio of multiply-adds. "planning" is the share of the pruned forward spent on choosing and folding.
+the quartiles beside it. "bound" is the ratio of multiply-adds. "planning" is the share of the pruned forward's processor
+time spent on choosing and folding, readable on a busy machine too.
 """
 
 import json

@@ -54,7 +54,7 @@ class ViTReport:
     full_macs: int
     """The same without reduction."""
     overhead_share: float | None
-    """Share of the forward's wall-clock spent on planning and folding; None unless attached with timed=True."""
+    """Share of the forward's processor time spent on planning and folding; None unless attached with timed=True."""
 
     @property
     def macs_ratio(self) -> float:

@@ -200,7 +200,7 @@ class PrunedViT(Hooked):
             self._batch_size, self._device = B, args[0].device
             view.entry = _Entry(N)
             if self.timed:
-                self._seconds, self._start = 0.0, time.perf_counter()
+                self._seconds, self._start = 0.0, time.process_time()
         if view.entry is None or view.entry.num_tokens != N:
             raise RuntimeError(f"layer {view.layer} got {N} tokens: the blocks must run in order, each on what the one before returned")
         view.num_patches = self._views[0].entry.num_tokens - view.num_prefix
@@ -261,11 +261,11 @@ class PrunedViT(Hooked):
             raise RuntimeError("the schedule removes tokens but none was removed")
         self._last = after
         if self.timed:
-            self._total = time.perf_counter() - self._start
+            self._total = time.process_time() - self._start
         return result
 
     def _fold(self, view: _View, x: Tensor) -> Tensor:
-        start = time.perf_counter() if self.timed else 0.0
+        start = time.process_time() if self.timed else 0.0
         view.plan = self.strategy.plan(view, view.count)
         merged, size = view.plan.merge(x, view.entry.size)
         position = None
@@ -274,7 +274,7 @@ class PrunedViT(Hooked):
             position = view.plan.keep if before is None else view.plan.gather(before)
         view.after = _Entry(merged.shape[1], size, position)
         if self.timed:
-            self._seconds += time.perf_counter() - start
+            self._seconds += time.process_time() - start
         return merged
 
     def _restore_input(self, module: nn.Module, args: tuple):
@@ -319,7 +319,7 @@ def prune_vit(model: nn.Module, method: "str | Strategy", *, restore: bool = Fal
 
     method: "tome", "pitome", "zero_tprune", "random", "uniform", "cls", or a strategy object. options: the strategy's fields, for example
     r=13, keep=98 or keep_ratio=0.5. restore: a tower of transformers returns every token again, each patch what it was merged into, dropped
-    ones 0, so that whatever reads its grid goes on working. timed: measure the share of planning and folding (wall clock).
+    ones 0, so that whatever reads its grid goes on working. timed: measure the share of planning and folding (processor time).
     """
     return PrunedViT(model, create_strategy(method, **options), restore=restore, timed=timed)
 

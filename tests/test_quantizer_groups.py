@@ -22,6 +22,7 @@ from vistok.quantizers import (
     ResidualVQConfig,
     VQConfig,
 )
+from vistok.quantizers.groups import normalize_groups
 from vistok.quantizers.phi import phi_of_scales
 from vistok.quantizers.sync import draw_vectors
 
@@ -179,6 +180,19 @@ def test_half_precision_features_get_the_ids_of_float32_on_every_scale():
     with torch.autocast("cpu", torch.bfloat16):
         out = scales(h)
     assert out.total.dtype == torch.bfloat16 and torch.equal(out.ids, scales(h.float()).ids)
+
+
+def test_what_a_code_leaves_of_the_vector_it_was_placed_on_gets_no_gradient():
+    groups = (CodeGroup(dim=4, metric="cosine"), CodeGroup(dim=2, metric="cosine"))
+    vectors = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    vectors[0] = 0  # the rest after an exact code
+    vectors[1, 4:] *= 1e-9
+    vectors.requires_grad_()
+    units = normalize_groups(vectors, groups)
+    assert torch.equal(units, torch.cat([F.normalize(part, dim=-1) for part in vectors.detach().split([4, 2], -1)], -1))
+    (units * torch.arange(6.0)).sum().backward()
+    assert not vectors.grad[0].any() and not vectors.grad[1, 4:].any()
+    assert vectors.grad[1, :4].all() and vectors.grad[2].all() and vectors.grad.abs().max() < 100
 
 
 def test_phis_are_shared_partly_shared_or_one_a_scale():

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 METRICS = ("euclidean", "cosine")
+SHORTEST = 1e-6
+"""Length under which a vector has no direction worth a gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,22 @@ class CodeGroup:
 
 
 def normalize_groups(vectors: Tensor, groups: tuple[CodeGroup, ...]) -> Tensor:
-    """Vectors [..., d] with the slices of cosine groups made unit vectors; the others are left as they are."""
+    """Vectors [..., d] with the slices of cosine groups made unit vectors; the others are left as they are.
+
+    A slice shorter than SHORTEST gets no gradient. What a code leaves of the vector it was placed on is such a slice; its gradient, up to
+    1e12 times that of the unit vector, would be all that the step learns from, and its square can overflow in the norm.
+    """
     if all(group.metric == "euclidean" for group in groups):
         return vectors
     slices = vectors.split([group.dim for group in groups], -1)
-    return torch.cat([F.normalize(x, dim=-1) if group.metric == "cosine" else x for x, group in zip(slices, groups)], -1)
+    return torch.cat([_unit(x) if group.metric == "cosine" else x for x, group in zip(slices, groups)], -1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    unit = F.normalize(x, dim=-1)
+    if not unit.requires_grad:
+        return unit
+    return torch.where(x.detach().norm(dim=-1, keepdim=True) > SHORTEST, unit, unit.detach())
 
 
 def weigh_groups(vectors: Tensor, groups: tuple[CodeGroup, ...]) -> Tensor:

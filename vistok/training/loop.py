@@ -289,7 +289,7 @@ class TrainingRun:
         if self.accelerator.num_processes > 1:
             reports = gather_object(reports)
         causes = [text for is_loss, text in reports if is_loss] or [text for _, text in reports if text]  # a lost loss spoils all gradients
-        report = "; ".join(causes)
+        report = "; ".join(causes) or "each gradient is finite, but their norm overflows"
         self.bad_steps += 1
         message = f"NaN or infinite numbers at step {self.step}: {report}"
         if self.bad_steps > self.config.max_bad_steps:

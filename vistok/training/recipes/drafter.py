@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from vistok.training.config import TrainConfig
-from vistok.training.loop import seeded_build, train
-from vistok.training.recipes import Recipe, Sources, _tiny, _tokenized, get_recipe, logger, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.runs import configured, run_recipe, token_splits
+from vistok.training.recipes.shared import tiny_config
 from vistok.training.task import TrainingTask
 
 
@@ -16,33 +17,21 @@ def train_drafter(name: str, *, out: Path, target: str, tokens: Path | None = No
     `out`-tokens beside the run. Returns the run folder. Raises ValueError: the target is no pipeline of a next-token generator.
     """
     import vistok
-    from vistok.data import TokenFolder
 
-    chosen = get_recipe(name, "drafter")
-    config = replace(chosen.train, out=Path(out), **overrides)
+    chosen, config = configured(name, "drafter", out, overrides)
     pipe = vistok.load(target)
     generator = getattr(pipe, "generator", None)
     if not hasattr(generator, "extend"):
         raise ValueError(f"{target} is no pipeline whose generator predicts one next token after another; nothing can be drafted for it")
-    held_out = None
-    if tokens is None:
-        config = replace(config, image_size=int(pipe.tokenizer.settings.image_size[0]))
-        token_folder = _tokenized(pipe.tokenizer, config, "train", generator.max_tokens)
-        try:
-            held_out = _tokenized(pipe.tokenizer, config, "test", generator.max_tokens)
-        except ValueError as error:  # a small folder can be without a test split
-            logger.warning("no held-out acceptance: %s", error)
-    else:
-        token_folder = TokenFolder(tokens)
+    token_folder, held_out, config = token_splits(tokens, pipe.tokenizer, config, generator.max_tokens)
     sources = Sources(target=(pipe, str(target)), tokens=token_folder, held_out=held_out)
-    task = seeded_build(lambda: chosen.build(sources), config.seed)
-    return train(task, token_folder, config, resume=resume, recipe_name=name)
+    return run_recipe(name, chosen, sources, token_folder, config, resume=resume)
 
 
 @recipe
 def eagle_tiny() -> Recipe:
     """EAGLE's head for any small generator; seconds on two CPU cores."""
-    return Recipe("drafter", _tiny(image_size=32, max_steps=60), _head("EagleHead"))
+    return Recipe("drafter", tiny_config(image_size=32, max_steps=60), _head("EagleHead"))
 
 
 @recipe
@@ -54,7 +43,7 @@ def eagle_emoji() -> Recipe:
 @recipe
 def medusa_tiny() -> Recipe:
     """Three Medusa heads for any small generator; seconds on two CPU cores."""
-    return Recipe("drafter", _tiny(image_size=32, max_steps=60), _head("MedusaHeads", num_drafts=3))
+    return Recipe("drafter", tiny_config(image_size=32, max_steps=60), _head("MedusaHeads", num_drafts=3))
 
 
 @recipe
@@ -66,7 +55,7 @@ def medusa_emoji() -> Recipe:
 @recipe
 def chimera_tiny() -> Recipe:
     """Three Chimera heads for any small generator; seconds on two CPU cores."""
-    return Recipe("drafter", _tiny(image_size=32, max_steps=60), _head("ChimeraHeads", num_drafts=3))
+    return Recipe("drafter", tiny_config(image_size=32, max_steps=60), _head("ChimeraHeads", num_drafts=3))
 
 
 @recipe
@@ -78,7 +67,7 @@ def chimera_emoji() -> Recipe:
 @recipe
 def judge_tiny() -> Recipe:
     """A judge for any small generator; seconds on two CPU cores."""
-    return Recipe("drafter", _tiny(image_size=32, max_steps=20), _judge())
+    return Recipe("drafter", tiny_config(image_size=32, max_steps=20), _judge())
 
 
 @recipe

@@ -1,26 +1,22 @@
 """Recipes of MaskGIT and RAR: generators over any tokenizer's tokens that do not go left to right only."""
 
-from pathlib import Path
-
-from vistok.training.config import TrainConfig
-from vistok.training.recipes import Recipe, Sources, _tiny, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.shared import imagenet_config, tiny_config
 from vistok.training.task import TrainingTask
 
 
 @recipe
 def maskgit_tiny() -> Recipe:
     """A two-layer MaskGIT over any tokenizer's tokens; seconds on two CPU cores."""
-    return Recipe("generator", _tiny(image_size=32, max_steps=60), _maskgit(dict(width=64, depth=2, num_heads=2, hidden=128)))
+    return Recipe("generator", tiny_config(image_size=32, max_steps=60), _maskgit(dict(width=64, depth=2, num_heads=2, hidden=128)))
 
 
 @recipe
 def maskgit_imagenet256() -> Recipe:
     """The published generator of TiTok: 24 layers of 768, batch 2,048; label smoothing 0.1, class dropout 0.1; days on 8 large GPUs."""
-    config = TrainConfig(
-        out=Path(), data="imagenet/train", image_size=256, max_steps=500_000, batch_size=2048, learning_rate=2e-4, betas=(0.9, 0.96),
-        weight_decay=0.03, warmup_steps=10_000, ema_decay=0.999, precision="bf16", compile=True, save_every=5000, preview_every=5000,
-        process_timeout=600,
-    )  # fmt: skip
+    config = imagenet_config(
+        max_steps=500_000, batch_size=2048, learning_rate=2e-4, betas=(0.9, 0.96), weight_decay=0.03, warmup_steps=10_000, ema_decay=0.999
+    )
     return Recipe("generator", config, _maskgit({}))
 
 
@@ -28,16 +24,15 @@ def maskgit_imagenet256() -> Recipe:
 def rar_tiny() -> Recipe:
     """A two-layer RAR over any tokenizer's tokens, random orders for 30 of its 60 steps; seconds on two CPU cores."""
     shape = dict(width=64, depth=2, num_heads=2, hidden=128)
-    return Recipe("generator", _tiny(image_size=32, max_steps=60), _rar(shape, random_steps=30, raster_steps=45))
+    return Recipe("generator", tiny_config(image_size=32, max_steps=60), _rar(shape, random_steps=30, raster_steps=45))
 
 
 @recipe
 def rar_imagenet256() -> Recipe:
     """The published RAR-B: 250,000 steps of 2,048 images, random orders for half of them; days on 8 large GPUs."""
-    config = TrainConfig(
-        out=Path(), data="imagenet/train", image_size=256, max_steps=250_000, batch_size=2048, learning_rate=4e-4, betas=(0.9, 0.96),
-        weight_decay=0.03, warmup_steps=62_500, final_fraction=0.025, ema_decay=0.999, precision="bf16", save_every=5000,
-        preview_every=5000, process_timeout=600,
+    config = imagenet_config(
+        max_steps=250_000, batch_size=2048, learning_rate=4e-4, betas=(0.9, 0.96), weight_decay=0.03, warmup_steps=62_500,
+        final_fraction=0.025, ema_decay=0.999, compile=False,
     )  # fmt: skip
     return Recipe("generator", config, _rar({}))
 
@@ -56,21 +51,13 @@ def _fields(sources: Sources) -> dict:
     )
 
 
-def _build(sources: Sources, task_class, model, config) -> TrainingTask:
-    import vistok
-    from vistok.registry import is_bundled
-
-    tokenizer = vistok.load(sources.tokenizer)
-    reference = sources.tokenizer if is_bundled(sources.tokenizer) else None
-    return task_class(model, config, tokenizer=tokenizer, tokenizer_reference=reference, held_out=sources.held_out)
-
-
 def _maskgit(shape: dict, **task):
     def build(sources: Sources) -> TrainingTask:
         from vistok.generators import MaskGIT, MaskGITConfig
         from vistok.training.tasks.orders import MaskGITTask, MaskGITTaskConfig
 
-        return _build(sources, MaskGITTask, MaskGIT(MaskGITConfig(**_fields(sources), **shape)), MaskGITTaskConfig(**task))
+        model = MaskGIT(MaskGITConfig(**_fields(sources), **shape))
+        return MaskGITTask(model, MaskGITTaskConfig(**task), **sources.generator_task_parts())
 
     return build
 
@@ -80,6 +67,6 @@ def _rar(shape: dict, **task):
         from vistok.generators import RAR, RARConfig
         from vistok.training.tasks.orders import RARTask, RARTaskConfig
 
-        return _build(sources, RARTask, RAR(RARConfig(**_fields(sources), **shape)), RARTaskConfig(**task))
+        return RARTask(RAR(RARConfig(**_fields(sources), **shape)), RARTaskConfig(**task), **sources.generator_task_parts())
 
     return build

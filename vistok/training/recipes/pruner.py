@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from vistok.training.config import TrainConfig
-from vistok.training.loop import seeded_build, train
-from vistok.training.recipes import Recipe, Sources, _tiny, get_recipe, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.runs import configured, image_splits, run_recipe
+from vistok.training.recipes.shared import tiny_config
 from vistok.training.task import TrainingTask
 
 PAPER_LAYERS, PAPER_DEPTH = (4, 14, 24), 32
@@ -21,13 +22,11 @@ def train_pruner(name: str, *, out: Path, target: str, target_share: float | Non
     """
     import vistok
 
-    chosen = get_recipe(name, "pruner")
-    config = replace(chosen.train, out=Path(out), **overrides)
+    chosen, config = configured(name, "pruner", out, overrides)
     model = vistok.load(target)
     dataset, held_out = _question_data(target, model, config) if chosen.train.data == "questions" else _image_data(target, model, config)
     sources = Sources(target=(model, str(target), target_share), held_out=held_out)
-    task = seeded_build(lambda: chosen.build(sources), config.seed)
-    return train(task, dataset, config, resume=resume, recipe_name=name)
+    return run_recipe(name, chosen, sources, dataset, config, resume=resume)
 
 
 def _question_data(target: str, model, config: TrainConfig) -> tuple:
@@ -46,25 +45,19 @@ def _question_data(target: str, model, config: TrainConfig) -> tuple:
 
 
 def _image_data(target: str, model, config: TrainConfig) -> tuple:
-    from vistok.data import open_dataset
     from vistok.pruning.blocks import parts_of
 
     parts_of(model)  # refuses what is no vision transformer
     size = getattr(model.patch_embed, "img_size", (config.image_size,))[0]
     if size != config.image_size:
         raise ValueError(f"image_size={config.image_size} but {target} reads {size} pixels")
-    options = {"image_size": config.image_size, "on_bad_image": config.on_bad_image}
-    dataset = open_dataset(config.data, **options)
-    try:
-        return dataset, open_dataset(config.data, split="test", **options)
-    except ValueError:  # a small folder can be without a test split
-        return dataset, None
+    return image_splits(config)
 
 
 @recipe
 def atp_tiny() -> Recipe:
     """ATP's thresholds on any small model; seconds on two CPU cores."""
-    return Recipe("pruner", _tiny(data="questions", flip=False, max_steps=30), _atp)
+    return Recipe("pruner", tiny_config(data="questions", flip=False, max_steps=30), _atp)
 
 
 @recipe
@@ -76,7 +69,7 @@ def atp_emoji() -> Recipe:
 @recipe
 def delete_gate_tiny() -> Recipe:
     """Delete gates on any small model; seconds on two CPU cores."""
-    return Recipe("pruner", _tiny(data="questions", flip=False, max_steps=30), _delete_gate)
+    return Recipe("pruner", tiny_config(data="questions", flip=False, max_steps=30), _delete_gate)
 
 
 @recipe
@@ -88,7 +81,7 @@ def delete_gate_emoji() -> Recipe:
 @recipe
 def vit_gate_tiny() -> Recipe:
     """Delete gates on a classifier of `vistok train classifier --recipe vit-tiny`; seconds on two CPU cores."""
-    return Recipe("pruner", _tiny(data="scenes", image_size=48, flip=False, max_steps=30), _vit_gate)
+    return Recipe("pruner", tiny_config(data="scenes", image_size=48, flip=False, max_steps=30), _vit_gate)
 
 
 @recipe

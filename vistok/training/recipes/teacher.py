@@ -1,11 +1,11 @@
 """Recipes of vision teachers: small towers taught by a folder's classes and captions, for the semantic losses of TokenFlow and SEED."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from vistok.training.config import TrainConfig
-from vistok.training.loop import seeded_build, train
-from vistok.training.recipes import Recipe, Sources, _square, _tiny, get_recipe, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.runs import configured, image_splits, run_recipe
+from vistok.training.recipes.shared import square, tiny_config
 from vistok.training.task import TrainingTask
 
 
@@ -15,23 +15,16 @@ def train_teacher(name: str, *, out: Path, captions: str = "hash", resume: bool 
     captions: who turns captions into the vectors the tower learns to meet (vistok.metrics.captions: hash, minilm, a folder).
     Raises ValueError: the images have neither two classes nor captions.
     """
-    from vistok.data import open_dataset
-
-    chosen = get_recipe(name, "teacher")
-    config = replace(chosen.train, out=Path(out), **overrides)
-    dataset = open_dataset(config.data, image_size=config.image_size, on_bad_image=config.on_bad_image)
-    try:
-        held_out = open_dataset(config.data, image_size=config.image_size, split="test", on_bad_image=config.on_bad_image)
-    except ValueError:  # a small folder can be without a test split
-        held_out = None
+    chosen, config = configured(name, "teacher", out, overrides)
+    dataset, held_out = image_splits(config)
     sources = Sources(dataset=dataset, held_out=held_out, image_size=config.image_size, teacher=captions)
-    return train(seeded_build(lambda: chosen.build(sources), config.seed), dataset, config, resume=resume, recipe_name=name)
+    return run_recipe(name, chosen, sources, dataset, config, resume=resume)
 
 
 @recipe
 def teacher_tiny() -> Recipe:
     """A two-layer tower for 32 px images; seconds on two CPU cores."""
-    return Recipe("teacher", _tiny(image_size=32, max_steps=60, batch_size=32), _teacher("vision-tower-tiny"))
+    return Recipe("teacher", tiny_config(image_size=32, max_steps=60, batch_size=32), _teacher("vision-tower-tiny"))
 
 
 @recipe
@@ -52,7 +45,7 @@ def _teacher(preset: str, **task):
         import vistok
         from vistok.training.tasks.vision_teacher import VisionTeacherConfig, VisionTeacherTask, tower_for
 
-        size = _square(sources.image_size)
+        size = square(sources.image_size)
         model = tower_for(sources.dataset, lambda **fields: vistok.create(preset, **fields), captions=sources.teacher, **size)
         return VisionTeacherTask(model, VisionTeacherConfig(**task), held_out=sources.held_out)
 

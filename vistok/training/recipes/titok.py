@@ -1,10 +1,10 @@
 """Recipes of TiTok: one stage, and the two stages of the first paper."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from vistok.training.config import TrainConfig
-from vistok.training.recipes import Recipe, Sources, _codebook_size, _square, _tiny, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.shared import emoji_config, fitted_codebook_size, imagenet_config, square, tiny_config
 from vistok.training.task import TrainingTask
 
 # registers that share one codebook settle on a few codes each without a term for even use; a clustered codebook reached 48 % on the emoji
@@ -25,36 +25,34 @@ PIXELS_TINY = dict(code_dim=32, channels=32, blocks=1)
 @recipe
 def titok_tiny() -> Recipe:
     """A one-stage TiTok of 16 tokens for 32 px images; about 15 seconds on two CPU cores."""
-    return Recipe("tokenizer", _tiny(image_size=32, max_steps=120), _single("titok-tiny", CODEBOOK))
+    return Recipe("tokenizer", tiny_config(image_size=32, max_steps=120), _single("titok-tiny", CODEBOOK))
 
 
 @recipe
 def titok_tiny_text() -> Recipe:
     """titok-tiny whose decoder also reads 8 words of the caption (TA-TiTok); about 15 seconds on two CPU cores."""
     shape = dict(CODEBOOK, text_width=32, text_tokens=8)
-    return Recipe("tokenizer", _tiny(image_size=32, max_steps=120), _single("titok-tiny", shape, text="hash"))
+    return Recipe("tokenizer", tiny_config(image_size=32, max_steps=120), _single("titok-tiny", shape, text="hash"))
 
 
 @recipe
 def titok_tiny_stage1() -> Recipe:
     """Stage 1 of a tiny two-stage TiTok: the codes of vistok/emoji-fsq2d, or of the 2D tokenizer --vae; seconds on two CPU cores."""
-    return Recipe("tokenizer", _tiny(image_size=64, max_steps=40), _stage_one(TITOK_PROXY_TINY | CODEBOOK, "vistok/emoji-fsq2d"))
+    return Recipe("tokenizer", tiny_config(image_size=64, max_steps=40), _stage_one(TITOK_PROXY_TINY | CODEBOOK, "vistok/emoji-fsq2d"))
 
 
 @recipe
 def titok_tiny_stage2() -> Recipe:
     """Stage 2 of a tiny two-stage TiTok: --vae is the run of stage 1; seconds on two CPU cores."""
-    return Recipe("tokenizer", _tiny(image_size=64, max_steps=40), _stage_two(PIXELS_TINY))
+    return Recipe("tokenizer", tiny_config(image_size=64, max_steps=40), _stage_two(PIXELS_TINY))
 
 
 @recipe
 def titok_emoji() -> Recipe:
     """32 tokens of up to 1,024 codes for 64 px images, one stage, 2.6 M parameters; about 22 minutes on one CPU core."""
-    config = TrainConfig(
-        out=Path(), data="emoji", image_size=64, max_steps=2200, batch_size=16, learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.02,
-        warmup_steps=100, schedule="trapezoid", decay_fraction=0.4, final_fraction=0.02, ema_decay=0.995, shift=4, save_every=500,
-        preview_every=500, log_every=20,
-    )  # fmt: skip
+    config = emoji_config(
+        max_steps=2200, learning_rate=1e-3, weight_decay=0.02, warmup_steps=100, ema_decay=0.995, save_every=500, preview_every=500
+    )
     return Recipe("tokenizer", config, _single(TITOK_EMOJI, CODEBOOK))
 
 
@@ -90,11 +88,9 @@ def titok_imagenet256_stage2() -> Recipe:
 
 
 def _imagenet(**changes) -> TrainConfig:
-    base = TrainConfig(
-        out=Path(), data="imagenet/train", image_size=256, batch_size=256, learning_rate=1e-4, betas=(0.9, 0.99), weight_decay=1e-4,
-        warmup_steps=10_000, final_fraction=0.1, ema_decay=0.999, precision="bf16", compile=True, workers=8, save_every=5000,
-        preview_every=5000, process_timeout=600,
-    )  # fmt: skip
+    base = imagenet_config(
+        batch_size=256, betas=(0.9, 0.99), weight_decay=1e-4, warmup_steps=10_000, final_fraction=0.1, ema_decay=0.999, workers=8
+    )
     return replace(base, **changes)
 
 
@@ -116,8 +112,8 @@ def _single(shape: str | dict, changes: dict, **task):
         from vistok.tokenizers.titok import TiTok
         from vistok.training.tasks.titok import TiTokTask, TiTokTaskConfig
 
-        settings = _settings(shape, **changes, **_square(sources.image_size))
-        size = _codebook_size(settings.codebook_size, settings.num_registers, sources.num_images)
+        settings = _settings(shape, **changes, **square(sources.image_size))
+        size = fitted_codebook_size(settings.codebook_size, settings.num_registers, sources.num_images)
         return TiTokTask(TiTok(replace(settings, codebook_size=size)), TiTokTaskConfig(**task))
 
     return build

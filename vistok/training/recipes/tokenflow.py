@@ -1,44 +1,34 @@
 """Recipes of TokenFlow."""
 
 from dataclasses import replace
-from pathlib import Path
 
-from vistok.training.config import TrainConfig
-from vistok.training.recipes import Recipe, Sources, _codebook_size, _tiny, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.shared import LIVE_CODEBOOK, emoji_config, fitted_codebook_size, imagenet_config, tiny_config
 from vistok.training.task import TrainingTask
-
-# k-means start, moving average, revival: with a codebook that learns by gradient (as published) 4 of 5 codes died in 13 steps on the emoji
-CODEBOOK = dict(codebook_update="ema", kmeans_iterations=10, revive_after=20)
 
 
 @recipe
 def tokenflow_tiny() -> Recipe:
     """A TokenFlow of 1 + 4 + 16 tokens for 32 px images, its meaning learned from captions; about 15 seconds on two CPU cores."""
     task = dict(semantic_steps=20, semantic_weight=0.05)
-    return Recipe("tokenizer", _tiny(image_size=32, max_steps=80), _tokenflow("tokenflow-tiny", CODEBOOK, **task))
+    return Recipe("tokenizer", tiny_config(image_size=32, max_steps=80), _tokenflow("tokenflow-tiny", LIVE_CODEBOOK, **task))
 
 
 @recipe
 def tokenflow_emoji() -> Recipe:
     """1 + 4 + 16 + 64 tokens of up to 2,048 codes for 64 px images; 2,000 of 4,600 steps on captions alone; 18 minutes on one CPU core."""
-    config = TrainConfig(
-        out=Path(), data="emoji", image_size=64, max_steps=4600, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
-        warmup_steps=50, schedule="trapezoid", decay_fraction=0.35, final_fraction=0.02, ema_decay=0.995, shift=4, save_every=500,
-        preview_every=1000, log_every=20,
-    )  # fmt: skip
+    config = emoji_config(max_steps=4600, decay_fraction=0.35, ema_decay=0.995, save_every=500, preview_every=1000)
     task = dict(semantic_steps=2000, semantic_weight=0.05, buckets=2048)
     # the pixel half is half as wide as the semantic one: counted three times, it gets its say in the choice of an id
-    return Recipe("tokenizer", config, _tokenflow("tokenflow-small", {**CODEBOOK, "pixel_weight": 3.0}, **task))
+    return Recipe("tokenizer", config, _tokenflow("tokenflow-small", {**LIVE_CODEBOOK, "pixel_weight": 3.0}, **task))
 
 
 @recipe
 def tokenflow_imagenet256() -> Recipe:
     """TokenFlow-B at 256 px with the plain decoder, from CLIP ViT-B/16: the published losses and schedule; days on 8 large GPUs."""
-    config = TrainConfig(
-        out=Path(), data="imagenet/train", image_size=256, max_steps=500_000, batch_size=256, learning_rate=1e-4, betas=(0.9, 0.95),
-        weight_decay=0.0, warmup_steps=0, schedule="constant", ema_decay=0.9999, precision="bf16", workers=8, save_every=5000,
-        preview_every=5000, process_timeout=600,
-    )  # fmt: skip
+    config = imagenet_config(
+        max_steps=500_000, batch_size=256, weight_decay=0.0, warmup_steps=0, schedule="constant", workers=8, compile=False
+    )
     task = dict(
         semantic="teacher",
         teacher="openai/clip-vit-base-patch16",
@@ -62,7 +52,7 @@ def _tokenflow(preset: str, shape: dict, **task):
 
         with torch.device("meta"):
             base = vistok.create(preset)
-        fields = dict(shape, codebook_size=_codebook_size(base.codebook_size, base.max_tokens, sources.num_images))
+        fields = dict(shape, codebook_size=fitted_codebook_size(base.codebook_size, base.max_tokens, sources.num_images))
         if sources.image_size not in (None, base.settings.image_size[0]):
             fields |= _sized(base.settings, sources.image_size)
         config = TokenFlowTaskConfig(**task)

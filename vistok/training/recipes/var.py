@@ -1,39 +1,27 @@
 """Recipes of VAR: its multi-scale tokenizer and its next-scale generator."""
 
-from pathlib import Path
-
-from vistok.training.config import TrainConfig
-from vistok.training.recipes import Recipe, Sources, _codebook_size, _tiny, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.shared import LIVE_CODEBOOK, emoji_config, fitted_codebook_size, imagenet_config, tiny_config
 from vistok.training.task import TrainingTask
-
-CODEBOOK = dict(codebook_update="ema", kmeans_iterations=10, revive_after=20)
 
 
 @recipe
 def var_vqvae_tiny() -> Recipe:
     """A small multi-scale tokenizer, 30 tokens over 4 scales for 32 px images; about a minute on two CPU cores."""
-    return Recipe("tokenizer", _tiny(image_size=32, max_steps=60), _var_vqvae("var-vqvae-tiny", CODEBOOK))
+    return Recipe("tokenizer", tiny_config(image_size=32, max_steps=60), _var_vqvae("var-vqvae-tiny", LIVE_CODEBOOK))
 
 
 @recipe
 def var_vqvae_emoji() -> Recipe:
     """94 tokens of up to 1,024 codes over 5 scales for 64 px images, 1.7 M parameters, by L2 alone; about 16 minutes on one CPU core."""
-    config = TrainConfig(
-        out=Path(), data="emoji", image_size=64, max_steps=2400, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.95), weight_decay=0.01,
-        warmup_steps=50, schedule="trapezoid", decay_fraction=0.4, final_fraction=0.02, ema_decay=0.99, shift=4, save_every=400,
-        preview_every=800, log_every=20,
-    )  # fmt: skip
-    return Recipe("tokenizer", config, _var_vqvae("var-vqvae-64", CODEBOOK))
+    config = emoji_config(max_steps=2400, save_every=400, preview_every=800)
+    return Recipe("tokenizer", config, _var_vqvae("var-vqvae-64", LIVE_CODEBOOK))
 
 
 @recipe
 def var_vqvae_imagenet256() -> Recipe:
     """VAR's tokenizer, 680 tokens over 10 scales at 256 px: L2, LPIPS, and a PatchGAN of weight 0.5 from step 20,000; days on 8 GPUs."""
-    config = TrainConfig(
-        out=Path(), data="imagenet/train", image_size=256, max_steps=400_000, batch_size=128, learning_rate=1e-4, betas=(0.9, 0.95),
-        weight_decay=0.05, warmup_steps=1000, schedule="constant", ema_decay=0.9999, precision="bf16", compile=True, workers=8,
-        save_every=5000, preview_every=5000, process_timeout=600,
-    )  # fmt: skip
+    config = imagenet_config(max_steps=400_000, batch_size=128, weight_decay=0.05, warmup_steps=1000, schedule="constant", workers=8)
     weights = dict(lpips_weight=1.0, gan_weight=0.5, gan_start=20_000)
     return Recipe("tokenizer", config, _var_vqvae("var-vqvae", dict(revive_after=1000), **weights))
 
@@ -41,17 +29,13 @@ def var_vqvae_imagenet256() -> Recipe:
 @recipe
 def var_tiny() -> Recipe:
     """A two-layer VAR over the tokens of a trained multi-scale tokenizer; half a minute on two CPU cores."""
-    return Recipe("generator", _tiny(image_size=32, max_steps=60), _var(dict(width=64, depth=2, num_heads=4)))
+    return Recipe("generator", tiny_config(image_size=32, max_steps=60), _var(dict(width=64, depth=2, num_heads=4)))
 
 
 @recipe
 def var_imagenet256() -> Recipe:
     """VAR-d16: 200 epochs of ImageNet's tokens at batch 1024, settings of our own choice, never run; days on 8 large GPUs."""
-    config = TrainConfig(
-        out=Path(), data="imagenet/train", image_size=256, max_steps=250_000, batch_size=1024, learning_rate=4e-4, betas=(0.9, 0.95),
-        weight_decay=0.05, warmup_steps=5000, ema_decay=0.9999, precision="bf16", compile=True, save_every=5000, preview_every=5000,
-        process_timeout=600,
-    )  # fmt: skip
+    config = imagenet_config(max_steps=250_000, batch_size=1024, learning_rate=4e-4, weight_decay=0.05, warmup_steps=5000)
     return Recipe("generator", config, _var(dict(width=1024, depth=16, num_heads=16)))
 
 
@@ -73,7 +57,7 @@ def _var_vqvae(preset: str, shape: dict, **weights):
                 raise ValueError(f"image_size={sources.image_size} must be a multiple of {pixels}, the pixels a cell of {preset}")
             fields["scales"] = scales_up_to(sources.image_size // pixels)
         num_tokens = sum(side**2 for side in fields.get("scales", base.settings.codes.scales))
-        fields["codebook_size"] = _codebook_size(base.codebook_size, num_tokens, sources.num_images)
+        fields["codebook_size"] = fitted_codebook_size(base.codebook_size, num_tokens, sources.num_images)
         return PerceptualTask(vistok.create(preset, **fields), ImageLossConfig(**weights))
 
     return build
@@ -81,22 +65,18 @@ def _var_vqvae(preset: str, shape: dict, **weights):
 
 def _var(shape: dict, **task):
     def build(sources: Sources) -> TrainingTask:
-        import vistok
         from vistok.generators import VAR, VARConfig
-        from vistok.registry import is_bundled
         from vistok.tokenizers import VARVQVAE
         from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig
 
-        tokens, tokenizer = sources.tokens, vistok.load(sources.tokenizer)
+        tokens, parts = sources.tokens, sources.generator_task_parts()
+        tokenizer = parts["tokenizer"]
         if not isinstance(tokenizer, VARVQVAE):
             raise ValueError(f"VAR needs the tokens of a VARVQVAE; {sources.tokenizer} is a {type(tokenizer).__name__}")
         if tokens.plan.num_tokens != tokenizer.max_tokens:
             raise ValueError(f"the token folder holds {tokens.plan.num_tokens} tokens an image, VAR needs all {tokenizer.max_tokens}")
         classes = tuple(tokens.classes)
         model = VAR(VARConfig(codes=tokenizer.settings.codes, num_classes=len(classes), classes=classes, **shape)).read_codes_of(tokenizer)
-        reference = sources.tokenizer if is_bundled(sources.tokenizer) else None
-        return GeneratorTask(
-            model, GeneratorTaskConfig(**task), tokenizer=tokenizer, tokenizer_reference=reference, held_out=sources.held_out
-        )
+        return GeneratorTask(model, GeneratorTaskConfig(**task), **parts)
 
     return build

@@ -1,12 +1,12 @@
 """Recipes of image classifiers (any architecture of timm, RaftMLP and Strip-MLP among them) and of a small vision-language model."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from vistok.training.config import TrainConfig
-from vistok.training.loop import seeded_build, train
-from vistok.training.recipes import Recipe, Sources, _tiny, get_recipe, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.runs import configured, image_splits, run_recipe
+from vistok.training.recipes.shared import tiny_config
 from vistok.training.task import TrainingTask
 
 VIT_EMOJI = dict(img_size=48, patch_size=4, embed_dim=64, depth=12, num_heads=4)
@@ -23,38 +23,31 @@ def train_classifier(
     architecture: another model of timm in place of the recipe's, for example "raftmlp_s". teacher: a classifier with the same classes (run
     folder, bundled name or hub id in timm's format) whose logits are half of the loss.
     """
-    from vistok.data import open_dataset
-
-    chosen = get_recipe(name, "classifier")
-    config = replace(chosen.train, out=Path(out), **overrides)
-    dataset = open_dataset(config.data, image_size=config.image_size, on_bad_image=config.on_bad_image)
+    chosen, config = configured(name, "classifier", out, overrides)
+    dataset, held_out = image_splits(config)
     if not dataset.classes:
         raise ValueError(f"{config.data} has no classes: a classifier needs a folder for each class")
-    try:
-        held_out = open_dataset(config.data, image_size=config.image_size, split="test", on_bad_image=config.on_bad_image)
-    except ValueError:  # a small folder can be without a test split
-        held_out = None
     sources = Sources(dataset=dataset, held_out=held_out, architecture=architecture, teacher=teacher, image_size=config.image_size)
-    return train(seeded_build(lambda: chosen.build(sources), config.seed), dataset, config, resume=resume, recipe_name=name)
+    return run_recipe(name, chosen, sources, dataset, config, resume=resume)
 
 
 def train_vlm(name: str, *, out: Path, resume: bool = False, **overrides) -> Path:
     """Run a recipe of a vision-language model on question scenes. Returns the run folder, its `model/` in the format of transformers."""
     from vistok.training.tasks.vlm import QuestionScenes
 
-    chosen = get_recipe(name, "vlm")
-    config = replace(chosen.train, out=Path(out), **overrides)
+    chosen, config = configured(name, "vlm", out, overrides)
     if config.data != "questions":
         raise ValueError(f"data={config.data!r} but these recipes learn from the rendered question scenes: questions")
-    task = seeded_build(lambda: chosen.build(Sources()), config.seed)
-    return train(task, QuestionScenes(), config, resume=resume, recipe_name=name)
+    return run_recipe(name, chosen, Sources(), QuestionScenes(), config, resume=resume)
 
 
 @recipe
 def vit_tiny() -> Recipe:
     """A two-layer ViT on rendered scenes; seconds on two CPU cores."""
     shape = dict(img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2)
-    return Recipe("classifier", _tiny(data="scenes", image_size=48, flip=False, max_steps=40), _classifier("vit_tiny_patch16_224", shape))
+    return Recipe(
+        "classifier", tiny_config(data="scenes", image_size=48, flip=False, max_steps=40), _classifier("vit_tiny_patch16_224", shape)
+    )
 
 
 @recipe
@@ -70,7 +63,7 @@ def vit_emoji() -> Recipe:
 @recipe
 def raftmlp_tiny() -> Recipe:
     """RaftMLP-S for a few steps on 64 px emoji: it shows that the backbone trains."""
-    return Recipe("classifier", _tiny(image_size=64, max_steps=20), _classifier("raftmlp_s", dict(drop_path_rate=0.0)))
+    return Recipe("classifier", tiny_config(image_size=64, max_steps=20), _classifier("raftmlp_s", dict(drop_path_rate=0.0)))
 
 
 @recipe
@@ -89,7 +82,7 @@ def stripmlp_imagenet224() -> Recipe:
 def vlm_tiny() -> Recipe:
     """A few steps of a two-layer LLaVA on question scenes; seconds on two CPU cores."""
     shape = dict(tower_width=16, tower_depth=1, tower_heads=2, width=32, depth=2, num_heads=2, num_key_value_heads=1, hidden=64)
-    return Recipe("vlm", _tiny(data="questions", flip=False, max_steps=40), _vlm(shape))
+    return Recipe("vlm", tiny_config(data="questions", flip=False, max_steps=40), _vlm(shape))
 
 
 @recipe

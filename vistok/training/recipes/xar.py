@@ -6,7 +6,8 @@ from typing import Any
 
 from vistok.tokens import TokenLayout
 from vistok.training.config import TrainConfig
-from vistok.training.recipes import Recipe, Sources, _tiny, recipe
+from vistok.training.recipes.registry import Recipe, Sources, recipe
+from vistok.training.recipes.shared import imagenet_config, tiny_config
 from vistok.training.task import TrainingTask
 
 XAR_EMOJI = dict(width=144, encoder_depth=2, decoder_depth=2, num_heads=3, hidden=288, text="hash", caption_tokens=7, caption_buckets=1024)
@@ -19,7 +20,22 @@ STATISTICS_IMAGES = 10_000  # at most so many images measure mean and deviation 
 def xar_tiny() -> Recipe:
     """A two-layer xAR over any tokenizer's tokens; seconds on two CPU cores."""
     shape = dict(width=64, encoder_depth=1, decoder_depth=1, num_heads=2, hidden=128, text="hash", caption_tokens=3, caption_buckets=256)
-    return Recipe("generator", _tiny(image_size=32, max_steps=60), xar_task(shape, preview_steps=4), takes=_OPTIONS)
+    return Recipe("generator", tiny_config(image_size=32, max_steps=60), xar_task(shape, preview_steps=4), takes=_OPTIONS)
+
+
+@recipe
+def xar_mixed_tiny() -> Recipe:
+    """xar-tiny on random, next and next-all prediction of entities; seconds on two CPU cores."""
+    plain = xar_tiny()
+
+    def build(sources):
+        from vistok.training.tasks.objectives import MixedXARTask, MixedXARTaskConfig
+
+        task = plain.build(sources)
+        parts = dict(tokenizer=task.tokenizer, tokenizer_reference=task.tokenizer_reference, held_out=task.held_out)
+        return MixedXARTask(task.model, MixedXARTaskConfig(**vars(task.config)), **parts)
+
+    return replace(plain, build=build)
 
 
 @recipe
@@ -42,10 +58,9 @@ def xar_imagenet256() -> Recipe:
     `python -m eval.cost --recipe xar-imagenet256` counts what it takes; weeks of one large GPU, so use eight. The paper's schedule is
     constant until epoch 600 and then a cosine; this one falls linearly from there.
     """
-    config = TrainConfig(
-        out=Path(), data="imagenet/train", image_size=256, max_steps=500_000, batch_size=2048, learning_rate=4e-4, betas=(0.9, 0.96),
-        weight_decay=0.02, warmup_steps=62_500, schedule="trapezoid", decay_fraction=0.25, ema_decay=0.9999, precision="bf16",
-        compile=True, workers=8, save_every=5000, preview_every=5000, process_timeout=600,
+    config = imagenet_config(
+        max_steps=500_000, batch_size=2048, learning_rate=4e-4, betas=(0.9, 0.96), weight_decay=0.02, warmup_steps=62_500,
+        schedule="trapezoid", decay_fraction=0.25, workers=8,
     )  # fmt: skip
     shape = dict(width=768, encoder_depth=8, decoder_depth=8, num_heads=12, hidden=2048)
     return Recipe("generator", config, xar_task(shape, dropout=0.1, preview_steps=40), takes=_OPTIONS)
@@ -74,23 +89,20 @@ class XARBuild:
         return XARConfig(order=OrderConfig.parse(order, layout), **fields, **{**self.shape, "text": text})
 
     def __call__(self, sources: Sources) -> TrainingTask:
-        import vistok
         from vistok.decoding.flow import code_table
         from vistok.generators import XAR
-        from vistok.registry import is_bundled
         from vistok.training.tasks.xar import XARTask, XARTaskConfig
 
-        tokens, tokenizer = sources.tokens, vistok.load(sources.tokenizer)
+        tokens, parts = sources.tokens, sources.generator_task_parts()
         layout = tokens.layout
         if tokens.plan.num_tokens < layout.num_tokens and layout.kind == "sequence":  # the first ones of an ordered tokenizer
             layout = TokenLayout("sequence", (tokens.plan.num_tokens,))
-        mean, deviation = channel_statistics(tokens, code_table(tokenizer))
+        mean, deviation = channel_statistics(tokens, code_table(parts["tokenizer"]))
         classes = tuple(tokens.classes)
         fields = dict(code_dim=len(mean), num_classes=len(classes), classes=classes, value_mean=mean, value_deviation=deviation)
         config = self.config(layout, order=sources.order, has_captions=any(tokens.captions), **fields)
-        parts = dict(tokenizer_reference=sources.tokenizer if is_bundled(sources.tokenizer) else None, held_out=sources.held_out)
         options = self.task | ({} if sources.context is None else {"context": sources.context})
-        return XARTask(XAR(config), XARTaskConfig(**options), tokenizer=tokenizer, **parts)
+        return XARTask(XAR(config), XARTaskConfig(**options), **parts)
 
 
 def xar_task(shape: dict[str, Any], **task) -> XARBuild:

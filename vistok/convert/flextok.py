@@ -10,26 +10,26 @@ in the file decide widths, depths and counts; the configuration decides the rest
     posembs [1, 1, D, R]                       register_positions [R, D]
 """
 
-import json
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vistok.convert.flextok_config import official_config, settings_of
 from vistok.convert.kl_vae import vae_fields
+from vistok.convert.rules import Rule, both, to_official_names
 from vistok.convert.safe_reader import find_weights, parse_value, read_json_object, read_shapes, read_tensors
+from vistok.convert.strict import check_shapes, num_children, shape_reader, shapes_of
+from vistok.convert.writing import CONFIG_NAME, write_config, write_weights
 from vistok.tokenizers.flextok import FlexTok, FlexTokConfig
 from vistok.tokenizers.vae import VAEConfig
 
 log = logging.getLogger("vistok")
 
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+WEIGHTS_NAME = "model.safetensors"
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 # Training artefacts that published files may carry: the VAE's learned variance and the representation-alignment projector.
 _IGNORED = re.compile(r"vae\.logvar|(encoder|decoder)\.module_dict\.[^.]*repa[^.]*\..+|repa[^.]*\..+")
@@ -37,31 +37,6 @@ _FROM_CONFIG_ALONE = ("levels", "head_width", "decoder_head_width", "max_time", 
 
 
 # -- names ------------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One tensor of ours and the official ones it is made of. kind: same | joined (along axis 0) | table | register_table."""
-
-    ours: str
-    official: tuple[str, ...]
-    kind: str = "same"
-
-    def to_ours(self, tensors: list[Tensor]) -> Tensor:
-        return {
-            "same": lambda: tensors[0],
-            "joined": lambda: torch.cat(tensors),
-            "table": lambda: tensors[0][0],
-            "register_table": lambda: tensors[0][0, 0].t(),
-        }[self.kind]()
-
-    def to_official(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return {
-            "same": lambda: (tensor,),
-            "joined": lambda: tensor.chunk(len(self.official)),
-            "table": lambda: (tensor[None],),
-            "register_table": lambda: (tensor.t()[None, None],),
-        }[self.kind]()
 
 
 def _block_rules(ours: str, official: str) -> list[Rule]:
@@ -73,42 +48,37 @@ def _block_rules(ours: str, official: str) -> list[Rule]:
     ]
 
 
-def _linear_rules(ours: str, official: str) -> list[Rule]:
-    return [Rule(f"{ours}.{name}", (f"{official}.{name}",)) for name in ("weight", "bias")]
-
-
 def rules(settings: FlexTokConfig, vae_keys: list[str]) -> list[Rule]:
     """Every tensor of a FlexTok; vae_keys: those under `vae.vae.`, named alike on both sides."""
     E, D = "encoder.module_dict.", "decoder.module_dict."
     found = [Rule(key, (key,)) for key in vae_keys]
-    found += _linear_rules("encoder.patches.proj", E + "enc_patch_emb.patch_proj")
-    found += [Rule("encoder.patches.positions", (E + "enc_posemb_module.posembs",), "table")]
+    found += both("encoder.patches.proj", E + "enc_patch_emb.patch_proj")
+    found += [Rule("encoder.patches.positions", (E + "enc_posemb_module.posembs",), "row")]
     found += [Rule("encoder.registers", (E + "enc_register_module.registers",))]
     for i in range(settings.encoder_depth):
         found += _block_rules(f"encoder.blocks.{i}", f"{E}enc_transformer.blocks.{i}")
-    found += _linear_rules("encoder.head", E + "enc_to_latents.proj")
-    found += _linear_rules("decoder.from_codes", D + "dec_from_latents.proj")
+    found += both("encoder.head", E + "enc_to_latents.proj")
+    found += both("decoder.from_codes", D + "dec_from_latents.proj")
     found += [
-        Rule("decoder.register_positions", (D + "dec_registers_posemb_module.posembs",), "register_table"),
+        Rule("decoder.register_positions", (D + "dec_registers_posemb_module.posembs",), "columns"),
         Rule("decoder.mask_token", (D + "dec_nested_dropout.dropout_mask_token",)),
         Rule("decoder.null_token", (D + "dec_latent_dropout.nullcond",)),
-        Rule("decoder.patches.positions", (D + "dec_patches_posemb_module.posembs",), "table"),
+        Rule("decoder.patches.positions", (D + "dec_patches_posemb_module.posembs",), "row"),
     ]
-    found += _linear_rules("decoder.patches.proj", D + "dec_noise_patch_emb.patch_proj")
+    found += both("decoder.patches.proj", D + "dec_noise_patch_emb.patch_proj")
     for layer in (0, 2):
-        found += _linear_rules(f"decoder.time_mlp.{layer}", f"{D}dec_time_embedder.mlp.{layer}")
+        found += both(f"decoder.time_mlp.{layer}", f"{D}dec_time_embedder.mlp.{layer}")
     for i in range(settings.decoder_depth):
         found += _block_rules(f"decoder.blocks.{i}", f"{D}dec_transformer.blocks.{i}")
-        found += _linear_rules(f"decoder.blocks.{i}.modulation", f"{D}dec_transformer.blocks.{i}.adaLN_modulation.1")
-    found += _linear_rules("decoder.head_modulation", D + "dec_to_patches.adaLN_modulation.1")
-    found += _linear_rules("decoder.head", D + "dec_to_patches.proj")
+        found += both(f"decoder.blocks.{i}.modulation", f"{D}dec_transformer.blocks.{i}.adaLN_modulation.1")
+    found += both("decoder.head_modulation", D + "dec_to_patches.adaLN_modulation.1")
+    found += both("decoder.head", D + "dec_to_patches.proj")
     return found
 
 
 def official_state(settings: FlexTokConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of ours (weights, or gradients of some of them) under their official names."""
-    table = {rule.ours: rule for rule in rules(settings, [key for key in tensors if key.startswith("vae.vae.")])}
-    return {name: part for key, value in tensors.items() for name, part in zip(table[key].official, table[key].to_official(value))}
+    return to_official_names(rules(settings, [key for key in tensors if key.startswith("vae.vae.")]), tensors)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------------------
@@ -144,7 +114,7 @@ def from_official(path: str | os.PathLike, *, config: dict | None = None, **over
     with torch.device("meta"):
         expected = FlexTok(settings).state_dict()
     table = rules(settings, [key for key in expected if key.startswith("vae.vae.")])
-    _check_keys(file, table, expected, shapes)
+    check_shapes(str(file), "FlexTok", shapes_of(official_state(settings, expected)), shapes)
     model = FlexTok(settings)
     state = {rule.ours: rule.to_ours(read_tensors(file, [names[name] for name in rule.official])) for rule in table}
     model.load_state_dict(state, strict=True)
@@ -173,42 +143,19 @@ def _settings(file: Path, shapes: dict[str, tuple[int, ...]], config: dict | Non
 def _measured(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     """What the shapes decide. Raises ValueError: a tensor to measure is not there or has another rank."""
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        if len(shapes.get(key, ())) != rank:
-            raise ValueError(f"{file} is no FlexTok checkpoint: {key} must be there with {rank} axes, got {shapes.get(key)}")
-        return shapes[key]
-
-    def depth(prefix: str) -> int:
-        return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
-
+    shape = shape_reader(shapes, f"{file} is no FlexTok checkpoint")
     num_registers, encoder_width = shape("encoder.module_dict.enc_register_module.registers", 2)
     table = shape("encoder.module_dict.enc_posemb_module.posembs", 4)
     decoder_width, frequency_width = shape("decoder.module_dict.dec_time_embedder.mlp.0.weight", 2)
     return {
         "num_registers": num_registers,
         "encoder_width": encoder_width,
-        "encoder_depth": depth("encoder.module_dict.enc_transformer.blocks."),
+        "encoder_depth": num_children(shapes, "encoder.module_dict.enc_transformer.blocks."),
         "decoder_width": decoder_width,
-        "decoder_depth": depth("decoder.module_dict.dec_transformer.blocks."),
+        "decoder_depth": num_children(shapes, "decoder.module_dict.dec_transformer.blocks."),
         "frequency_width": frequency_width,
         "max_grid": table[2:],
     }
-
-
-def _check_keys(file: Path, table: list[Rule], expected: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError with every missing, unexpected or mis-shaped tensor, before anything is allocated."""
-    wanted = {}
-    for rule in table:
-        for name, part in zip(rule.official, rule.to_official(expected[rule.ours])):
-            wanted[name] = tuple(part.shape)
-    problems = [f"missing {name} {wanted[name]}" for name in sorted(set(wanted) - set(shapes))]
-    problems += [f"unexpected {name} {shapes[name]}" for name in sorted(set(shapes) - set(wanted))]
-    for name in sorted(set(wanted) & set(shapes)):
-        if wanted[name] != shapes[name]:
-            problems.append(f"{name} has shape {shapes[name]}, expected {wanted[name]}")
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{file} does not fit FlexTok:\n  {shown}")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------------------
@@ -221,9 +168,6 @@ def to_official(model: FlexTok, folder: str | os.PathLike, *, dtype: torch.dtype
     Raises ValueError: the model works on pixels, which the format cannot say.
     """
     config = official_config(model.settings)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    state = {key: part.to(dtype or part.dtype, copy=True).contiguous() for key, part in official_state(model.settings, tensors).items()}
-    save_file(state, folder / WEIGHTS_NAME, metadata={part: repr(value) for part, value in config.items() if part != "_target_"})
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    header = {part: repr(value) for part, value in config.items() if part != "_target_"}
+    write_weights(Path(folder) / WEIGHTS_NAME, official_state(model.settings, model.state_dict()), dtype=dtype, metadata=header)
+    write_config(Path(folder), config)

@@ -1,14 +1,13 @@
 """KL-VAEs in diffusers' own folder format (`config.json`, `diffusion_pytorch_model.safetensors`) to KLVAE and back, bit-equal."""
 
-import json
 import os
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from vistok.convert.safe_reader import find_weights, read_json_object, read_shapes, read_tensors
+from vistok.convert.writing import write_config, write_weights
 from vistok.tokenizers.vae import KLVAE, VAEConfig, encoder_blocks
 
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -103,8 +102,6 @@ def to_official(model: KLVAE, folder: str | os.PathLike, *, dtype: torch.dtype |
     """
     if model.settings.stem != 1:
         raise ValueError(f"the diffusers format has no form for a VAE with stem={model.settings.stem}; only 1")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     settings, levels = model.settings, len(model.settings.block_channels)
     config = {
         "_class_name": "AutoencoderKL",
@@ -121,6 +118,5 @@ def to_official(model: KLVAE, folder: str | os.PathLike, *, dtype: torch.dtype |
         "scaling_factor": settings.scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    state = {key: value.detach().cpu().to(dtype or value.dtype, copy=True).contiguous() for key, value in model.vae.state_dict().items()}
-    save_file(state, folder / WEIGHT_NAMES[0], metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_weights(Path(folder) / WEIGHT_NAMES[0], model.vae.state_dict(), dtype=dtype)
+    write_config(Path(folder), config)

@@ -23,14 +23,15 @@ The transformer's last `norm` and `head` are not read: LaVIT takes the features 
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, read_state
+from vistok.convert.rules import Rule, both, to_official_names
+from vistok.convert.strict import check_shapes, num_children, shape_reader, shapes_of
+from vistok.convert.writing import write_weights
 from vistok.quantizers import VQConfig
 from vistok.tokenizers.lavit import LaVIT, LaVITConfig
 
@@ -48,69 +49,36 @@ PUBLISHED_WIDTH, PUBLISHED_HEADS = 1408, 16
 # -- names ------------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One tensor of ours and the official ones it is made of.
-
-    kind: same | joined (along axis 0) | first (leading axes of 1 there) | no_key_bias.
-    """
-
-    ours: str
-    official: tuple[str, ...]
-    kind: str = "same"
-
-    def to_ours(self, tensors: list[Tensor], shape: torch.Size) -> Tensor:
-        if self.kind == "no_key_bias":
-            q, v = tensors
-            return torch.cat([q, torch.zeros_like(q), v])
-        return torch.cat(tensors) if self.kind == "joined" else tensors[0].reshape(shape)
-
-    def to_official(self, tensor: Tensor) -> list[Tensor]:
-        if self.kind == "no_key_bias":  # a bias on the keys moves all logits of a query alike, so leaving it out changes nothing
-            return [tensor.chunk(3)[0], tensor.chunk(3)[2]]
-        if self.kind == "first":
-            return [tensor[(None,) * (3 - tensor.ndim)]]
-        return list(tensor.chunk(len(self.official)))
-
-
-def _both(ours: str, *official: str) -> list[Rule]:
-    """Weight and bias of one layer, made of one or several official ones."""
-    kind = "joined" if len(official) > 1 else "same"
-    return [Rule(f"{ours}.{part}", tuple(f"{name}.{part}" for name in official), kind) for part in ("weight", "bias")]
-
-
 def _mlp(ours: str, official: str) -> list[Rule]:
-    return _both(f"{ours}.mlp.up", f"{official}.mlp.fc1") + _both(f"{ours}.mlp.out", f"{official}.mlp.fc2")
+    return both(f"{ours}.mlp.up", f"{official}.mlp.fc1") + both(f"{ours}.mlp.out", f"{official}.mlp.fc2")
 
 
 def _reading_block(ours: str, official: str, self_name: str, cross_name: str) -> list[Rule]:
     """A block with self-attention and cross-attention: the merger's and the decoder's."""
     cross = f"{official}.{cross_name}"
     return [
-        *_both(f"{ours}.self_norm", f"{official}.norm0"),
-        *_both(f"{ours}.self_attention.qkv", f"{official}.{self_name}.qkv"),
-        *_both(f"{ours}.self_attention.proj", f"{official}.{self_name}.proj"),
-        *_both(f"{ours}.cross_norm", f"{official}.norm1"),
-        *_both(f"{ours}.cross_attention.query", f"{cross}.query"),
-        *_both(f"{ours}.cross_attention.key_value", f"{cross}.key", f"{cross}.value"),
-        *_both(f"{ours}.cross_attention.proj", f"{cross}.proj"),
-        *_both(f"{ours}.mlp_norm", f"{official}.norm2"),
+        *both(f"{ours}.self_norm", f"{official}.norm0"),
+        *both(f"{ours}.self_attention.qkv", f"{official}.{self_name}.qkv"),
+        *both(f"{ours}.self_attention.proj", f"{official}.{self_name}.proj"),
+        *both(f"{ours}.cross_norm", f"{official}.norm1"),
+        *both(f"{ours}.cross_attention.query", f"{cross}.query"),
+        *both(f"{ours}.cross_attention.key_value", f"{cross}.key", f"{cross}.value"),
+        *both(f"{ours}.cross_attention.proj", f"{cross}.proj"),
+        *both(f"{ours}.mlp_norm", f"{official}.norm2"),
         *_mlp(ours, official),
     ]
 
 
 def _vision_rules(depth: int) -> list[Rule]:
     E = "tokenizer_encoder.encoder."
-    found = _both("vision.patches", E + "patch_embed.proj")
-    found += [Rule("vision.cls", (E + "cls_token",), "first"), Rule("vision.positions", (E + "pos_embed",), "first")]
+    found = both("vision.patches", E + "patch_embed.proj")
+    found += [Rule("vision.cls", (E + "cls_token",), "rows"), Rule("vision.positions", (E + "pos_embed",), "row")]
     for i in range(depth):
         ours, official = f"vision.blocks.{i}", f"{E}blocks.{i}"
-        found += (
-            _both(f"{ours}.attention_norm", f"{official}.norm1") + _both(f"{ours}.mlp_norm", f"{official}.norm2") + _mlp(ours, official)
-        )
+        found += both(f"{ours}.attention_norm", f"{official}.norm1") + both(f"{ours}.mlp_norm", f"{official}.norm2") + _mlp(ours, official)
         found += [Rule(f"{ours}.attention.qkv.weight", (f"{official}.attn.qkv.weight",))]
         found += [Rule(f"{ours}.attention.qkv.bias", (f"{official}.attn.q_bias", f"{official}.attn.v_bias"), "no_key_bias")]
-        found += _both(f"{ours}.attention.proj", f"{official}.attn.proj")
+        found += both(f"{ours}.attention.proj", f"{official}.attn.proj")
     return found
 
 
@@ -118,36 +86,36 @@ def rules(settings: LaVITConfig) -> list[Rule]:
     """Every tensor of a LaVIT that the official format knows."""
     E, D = "tokenizer_encoder.", "tokenizer_decoder."
     found = _vision_rules(settings.vision_depth)
-    found += _both("selector.norm", E + "token_predictor.in_conv.0") + _both("selector.mix", E + "token_predictor.in_conv.1")
+    found += both("selector.norm", E + "token_predictor.in_conv.0") + both("selector.mix", E + "token_predictor.in_conv.1")
     for i in (0, 2, 4):
-        found += _both(f"selector.head.{i}", f"{E}token_predictor.out_conv.{i}")
-    found += _both("merger.origin_norm", E + "causal_encoder.ln_vision") + _both("merger.norm", E + "causal_encoder.norm")
+        found += both(f"selector.head.{i}", f"{E}token_predictor.out_conv.{i}")
+    found += both("merger.origin_norm", E + "causal_encoder.ln_vision") + both("merger.norm", E + "causal_encoder.norm")
     for i in range(settings.merger_depth):
         found += _reading_block(f"merger.blocks.{i}", f"{E}causal_encoder.blocks.{i}", "token_causal_attn", "token_cross_attn")
     found += [Rule("quantizer.codebook", (E + "quantize.embedding.weight",))]
     for i in (0, 2):
-        found += _both(f"to_code.{i}", f"{E}encode_task_layer.{i}") + _both(f"decoder.head.{i}", f"{D}decode_task_layer.{i}")
+        found += both(f"to_code.{i}", f"{E}encode_task_layer.{i}") + both(f"decoder.head.{i}", f"{D}decode_task_layer.{i}")
     if settings.llm_width:
-        found += _both("to_llm", E + "vit_proj")
-    found += _both("decoder.from_codes", D + "in_proj") + _both("decoder.norm", D + "norm")
-    found += [Rule("decoder.positions", (D + "pos_embed",), "first"), Rule("decoder.queries", (D + "query_embed",), "first")]
+        found += both("to_llm", E + "vit_proj")
+    found += both("decoder.from_codes", D + "in_proj") + both("decoder.norm", D + "norm")
+    found += [Rule("decoder.positions", (D + "pos_embed",), "row"), Rule("decoder.queries", (D + "query_embed",), "row")]
     for i in range(settings.decoder_depth):
         found += _reading_block(f"decoder.blocks.{i}", f"{D}blocks.{i}", "self_attn", "cross_attn")
     if len(settings.condition_sizes) == 1:
-        found += _both("conditioning.projections.0", D + "unet_proj")
+        found += both("conditioning.projections.0", D + "unet_proj")
     if len(settings.condition_sizes) == 2:
-        found += _both("conditioning.projections.0", D + "unet_proj_1") + _both("conditioning.projections.1", D + "unet_proj_2")
+        found += both("conditioning.projections.0", D + "unet_proj_1") + both("conditioning.projections.1", D + "unet_proj_2")
         pool = D + "unet_attnpool."
         found += [Rule("conditioning.pool.positions", (pool + "positional_embedding",))]
-        found += _both("conditioning.pool.qkv", *(f"{pool}{name}_proj" for name in "qkv"))
-        found += _both("conditioning.pool.proj", pool + "c_proj")
+        found += both("conditioning.pool.qkv", *(f"{pool}{name}_proj" for name in "qkv"))
+        found += both("conditioning.pool.proj", pool + "c_proj")
     return found
 
 
 def official_state(settings: LaVITConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of ours under their official names, those the format does not know left out."""
-    table = [rule for rule in rules(settings) if rule.ours in tensors]
-    return {name: part for rule in table for name, part in zip(rule.official, rule.to_official(tensors[rule.ours]))}
+    table = rules(settings)
+    return to_official_names(table, {rule.ours: tensors[rule.ours] for rule in table if rule.ours in tensors})
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------------------
@@ -214,7 +182,7 @@ def from_official(path: str | os.PathLike, *, condition: str = "lowres", weights
     if ignored:
         log.info("%s: behind the features that are used, so not read: %s", path, ", ".join(ignored))
         state = {key: value for key, value in state.items() if key not in ignored}
-    fields = _measured(path, {key: tuple(value.shape) for key, value in state.items()})
+    fields = _measured(path, shapes_of(state))
     settings = LaVITConfig(**{**_usual_heads(path, fields, overrides), **fields, **overrides})
     with torch.device("meta"):
         expected = LaVIT(settings).state_dict()
@@ -222,10 +190,9 @@ def from_official(path: str | os.PathLike, *, condition: str = "lowres", weights
     unknown = sorted(set(expected) - {rule.ours for rule in table})
     if unknown:
         raise ValueError(f"{path}: no official checkpoint holds {', '.join(unknown[:5])}; leave out the overrides that ask for them")
-    _check_keys(path, table, expected, state)
+    check_shapes(str(path), "LaVIT", shapes_of(official_state(settings, expected)), shapes_of(state))
     model = LaVIT(settings)
-    ours = {rule.ours: rule.to_ours([state[name] for name in rule.official], expected[rule.ours].shape) for rule in table}
-    model.load_state_dict(ours, strict=True)
+    model.load_state_dict({rule.ours: rule.to_ours([state[name] for name in rule.official]) for rule in table}, strict=True)
     return model.eval()
 
 
@@ -233,13 +200,7 @@ def _measured(path, shapes: dict[str, tuple[int, ...]]) -> dict:
     """Config fields that shapes decide. Raises ValueError: a tensor to measure is not there or has another rank."""
     E, D = "tokenizer_encoder.", "tokenizer_decoder."
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        if len(shapes.get(key, ())) != rank:
-            raise ValueError(f"{path} is no LaVIT tokenizer: {key} must be there with {rank} axes, got {shapes.get(key)}")
-        return shapes[key]
-
-    def depth(prefix: str) -> int:
-        return len({key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix)})
+    shape = shape_reader(shapes, f"{path} is no LaVIT tokenizer")
 
     def size(key: str) -> int:
         return shape(f"{key}.weight", 2)[0]
@@ -252,14 +213,14 @@ def _measured(path, shapes: dict[str, tuple[int, ...]]) -> dict:
         "image_size": (side, side),
         "patch_size": patch,
         "vision_width": shape(E + "encoder.pos_embed", 3)[2],
-        "vision_depth": depth(E + "encoder.blocks."),
+        "vision_depth": num_children(shapes, E + "encoder.blocks."),
         "vision_hidden": size(E + "encoder.blocks.0.mlp.fc1"),
-        "merger_depth": depth(E + "causal_encoder.blocks."),
+        "merger_depth": num_children(shapes, E + "causal_encoder.blocks."),
         "merger_hidden": size(E + "causal_encoder.blocks.0.mlp.fc1"),
         "quantizer": VQConfig(codebook_size=codebook_size, code_dim=code_dim),
         "llm_width": size(E + "vit_proj") if f"{E}vit_proj.weight" in shapes else 0,
         "decoder_width": shape(D + "pos_embed", 3)[2],
-        "decoder_depth": depth(D + "blocks."),
+        "decoder_depth": num_children(shapes, D + "blocks."),
         "decoder_hidden": size(D + "blocks.0.mlp.fc1"),
         "feature_width": size(D + "decode_task_layer.2"),
         "condition_sizes": tuple(size(D + name) for name in (("unet_proj_1", "unet_proj_2") if two else ("unet_proj",))),
@@ -277,19 +238,6 @@ def _usual_heads(path, fields: dict, overrides: dict) -> dict:
     return dict.fromkeys(widths, PUBLISHED_HEADS)
 
 
-def _check_keys(path, table: list[Rule], expected: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Raise ValueError with every missing, unexpected or mis-shaped tensor, before anything is allocated."""
-    wanted = {name: part.shape for rule in table for name, part in zip(rule.official, rule.to_official(expected[rule.ours]))}
-    problems = [f"missing {name} {tuple(wanted[name])}" for name in sorted(set(wanted) - set(state))]
-    problems += [f"unexpected {name} {tuple(state[name].shape)}" for name in sorted(set(state) - set(wanted))]
-    for name in sorted(set(wanted) & set(state)):
-        if wanted[name] != state[name].shape:
-            problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(wanted[name])}")
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{path} does not fit LaVIT:\n  {shown}")
-
-
 # -- writing ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -305,14 +253,8 @@ def to_official(model: LaVIT, folder: str | os.PathLike, *, dtype: torch.dtype |
         raise ValueError("the official format knows merger_eps=1e-6 and one Euclidean codebook only")
     if not settings.condition_sizes or not settings.llm_width or settings.pixel_width:
         raise ValueError("the official format holds diffusion conditioning and a projection to a language model, and no pixel decoder")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = official_state(settings, {key: value.detach().cpu() for key, value in model.state_dict().items()})
+    state = official_state(settings, model.state_dict())
     files = {"tokenizer_encoder.": ENCODER, "tokenizer_decoder.": DECODER["lowres" if len(settings.condition_sizes) == 1 else "highres"]}
     for prefix, name in files.items():
-        part = {
-            key[len(prefix) :]: value.to(dtype or value.dtype, copy=True).contiguous()
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
-        save_file(part, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        part = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+        write_weights(Path(folder) / f"{name}.safetensors", part, dtype=dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, plain_names, read_state
-from vistok.convert.strict import check_shapes
+from vistok.convert.strict import check_shapes, shapes_of
 from vistok.tokenizers.vae import KLVAE, VAEConfig
 
 WEIGHT_NAMES = ("kl16.ckpt", "vae.ckpt", "model.ckpt", "model.safetensors")
@@ -69,7 +69,7 @@ def from_official(path: str | os.PathLike, **overrides) -> KLVAE:
     settings = VAEConfig(**{"scaling_factor": SCALING, **_measured(file, state), **overrides})
     layout = _layout(settings)
     wanted = {name: shape for name, (_, shape) in layout.items()}
-    check_shapes(str(file), "a VAE of LDM's format", wanted, {key: tuple(value.shape) for key, value in state.items()})
+    check_shapes(str(file), "a VAE of LDM's format", wanted, shapes_of(state))
     model = KLVAE(settings)
     expected = model.vae.state_dict()
     model.vae.load_state_dict({key: state[name].reshape(expected[key].shape).to(expected[key].dtype) for name, (key, _) in layout.items()})

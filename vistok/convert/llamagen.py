@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, plain_names, read_state
+from vistok.convert.strict import check_shapes, shapes_of
 from vistok.generators.gpt import GPT, GPTConfig
 from vistok.modeling import VisualModel
 from vistok.quantizers.vq import TRAINING_STATE
@@ -108,7 +109,7 @@ def from_official(path: str | os.PathLike, **overrides) -> VQGAN | GPT:
     if not is_tokenizer and "tok_embeddings.weight" not in state:
         raise ValueError(f"{path} is no LlamaGen checkpoint: it has neither quantize.embedding.weight nor tok_embeddings.weight")
     state.pop(USAGE_WINDOW[0], None)
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    shapes = shapes_of(state)
     try:
         config = (vq_config if is_tokenizer else gpt_config)(shapes, **overrides)
     except KeyError as error:
@@ -116,9 +117,7 @@ def from_official(path: str | os.PathLike, **overrides) -> VQGAN | GPT:
     model = VQGAN(config) if is_tokenizer else GPT(config)
     expected = {key: value for key, value in model.state_dict().items() if key not in _TRAINING_STATE}
     names = {key: _official_names(model, key) for key in expected}
-    problems = _problems(names, official_state(model), shapes)
-    if problems:
-        raise ValueError(f"{path} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems[:20]))
+    check_shapes(str(path), type(model).__name__, shapes_of(official_state(model)), shapes)
     loaded = {key: torch.cat([state[name] for name in parts]) if len(parts) > 1 else state[parts[0]] for key, parts in names.items()}
     fitted = {key: value.reshape(expected[key].shape).to(expected[key].dtype) for key, value in loaded.items()}
     model.load_state_dict({**model.state_dict(), **fitted})
@@ -174,15 +173,6 @@ def _count(shapes: Iterable[str], pattern: str) -> int:
 
 def _official_names(model: VisualModel, ours: str) -> tuple[str, ...]:
     return (vq_name(ours),) if isinstance(model, VQGAN) else _gpt_names(ours)
-
-
-def _problems(names: dict[str, tuple[str, ...]], expected: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    wanted = {name for parts in names.values() for name in parts}
-    problems = [f"missing {key}" for key in sorted(wanted - set(shapes))] + [f"unexpected {key}" for key in sorted(set(shapes) - wanted)]
-    for key in sorted(wanted & set(shapes)):
-        if shapes[key] != tuple(expected[key].shape):
-            problems.append(f"{key} has shape {shapes[key]}, expected {tuple(expected[key].shape)}")
-    return problems
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------------------

@@ -8,21 +8,20 @@ Shapes in the file decide widths, depth and counts; the head count is the config
     encoder.layer.I.attention.output.LayerNorm              blocks.I.attention_norm
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, read_state
 from vistok.convert.safe_reader import read_json_object
-from vistok.convert.strict import check_shapes
+from vistok.convert.strict import check_shapes, shape_reader, shapes_of
+from vistok.convert.writing import CONFIG_NAME, write_config, write_weights
 from vistok.generators.maskgit import MaskGIT, MaskGITConfig
 
-WEIGHT_NAMES, CONFIG_NAME = ("model.safetensors", "pytorch_model.bin"), "config.json"
+WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 _IGNORED = {"model.embeddings.position_ids"}  # a counter that older transformers wrote
 _WHOLE = {
     "embedding.weight": "model.embeddings.word_embeddings.weight",
@@ -71,11 +70,11 @@ def from_official(path: str | os.PathLike, *, config: dict | None = None, **over
     state = {key: value for key, value in read_state(file).items() if key not in _IGNORED}
     if config is None and (file.parent / CONFIG_NAME).is_file():
         config = read_json_object(file.parent / CONFIG_NAME)
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    shapes = shapes_of(state)
     settings = MaskGITConfig(**{**_measured(file, shapes), **_said(config or {}), **overrides})
     with torch.device("meta"):
         expected = MaskGIT(settings).state_dict()
-    check_shapes(str(file), "MaskGIT", {key: tuple(value.shape) for key, value in official_state(expected).items()}, shapes)
+    check_shapes(str(file), "MaskGIT", shapes_of(official_state(expected)), shapes)
     model = MaskGIT(settings)
     model.load_state_dict({key: torch.cat([state[name] for name in official_names(key)]) for key in expected}, strict=True)
     return model.eval()
@@ -84,21 +83,17 @@ def from_official(path: str | os.PathLike, *, config: dict | None = None, **over
 def _measured(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     """What the shapes decide. Raises ValueError: a tensor to measure is not there or has another rank."""
 
-    def shape(key: str) -> tuple[int, ...]:
-        if len(shapes.get(key, ())) != 2:
-            raise ValueError(f"{file} is no MaskGIT checkpoint of TiTok: {key} must be there with 2 axes, got {shapes.get(key)}")
-        return shapes[key]
-
-    rows, width = shape("model.embeddings.word_embeddings.weight")
-    codes = shape("model.lm_head.weight")[0]
+    shape = shape_reader(shapes, f"{file} is no MaskGIT checkpoint of TiTok")
+    rows, width = shape("model.embeddings.word_embeddings.weight", 2)
+    codes = shape("model.lm_head.weight", 2)[0]
     depth = len({match[1] for key in shapes if (match := re.match(r"model\.encoder\.layer\.(\d+)\.", key))})
     fields = {
         "codebook_size": codes,
         "num_classes": rows - codes - 2,
-        "layout_shape": (shape("model.embeddings.position_embeddings.weight")[0] - 1,),
+        "layout_shape": (shape("model.embeddings.position_embeddings.weight", 2)[0] - 1,),
         "width": width,
         "depth": depth,
-        "hidden": shape("model.encoder.layer.0.intermediate.dense.weight")[0],
+        "hidden": shape("model.encoder.layer.0.intermediate.dense.weight", 2)[0],
     }
     return fields
 
@@ -113,8 +108,7 @@ def _said(config: dict) -> dict:
 
 def to_official(model: MaskGIT, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and `model.safetensors` in the official format; dtype: of the weights on disk, the model's own by default."""
-    settings, folder = model.settings, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = model.settings
     generator = {
         "model_type": "ViT",
         "hidden_size": settings.width,
@@ -126,7 +120,5 @@ def to_official(model: MaskGIT, folder: str | os.PathLike, *, dtype: torch.dtype
         "condition_num_classes": settings.num_classes,
     }
     config = {"model": {"generator": generator, "vq_model": {"codebook_size": settings.codebook_size}}}
-    state = official_state({key: value.detach().cpu() for key, value in model.state_dict().items()})
-    state = {key: value.to(dtype or value.dtype, copy=True).contiguous() for key, value in state.items()}
-    save_file(state, folder / WEIGHT_NAMES[0], metadata={"format": "pt"})
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_weights(Path(folder) / WEIGHT_NAMES[0], official_state(model.state_dict()), dtype=dtype)
+    write_config(Path(folder), config)

@@ -9,20 +9,19 @@ Shapes in the file decide widths, depth and counts; the head count is that of q_
     adaln_before_head.adaLN_modulation.1           head_modulation
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, read_state
-from vistok.convert.strict import check_shapes
+from vistok.convert.strict import check_shapes, shape_reader, shapes_of
+from vistok.convert.writing import write_config, write_weights
 from vistok.generators.rar import RAR, SPARE_POSITIONS, RARConfig
 
-WEIGHT_NAMES, CONFIG_NAME = ("model.safetensors", "pytorch_model.bin", "rar.bin"), "config.json"
+WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin", "rar.bin")
 # A causal mask that older files may carry.
 _IGNORED = {"attn_mask"}
 _TABLES = {"positions": "pos_embed", "targets": "target_aware_pos_embed", "steps": "timesteps_embeddings", "start": "cls_token"}
@@ -65,11 +64,11 @@ def from_official(path: str | os.PathLike, **overrides) -> RAR:
     """
     file = find_state(path, WEIGHT_NAMES)
     state = {key: value for key, value in read_state(file).items() if key not in _IGNORED}
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    shapes = shapes_of(state)
     settings = RARConfig(**{**_measured(file, shapes), **overrides})
     with torch.device("meta"):
         expected = RAR(settings).state_dict()
-    check_shapes(str(file), "RAR", {key: tuple(value.shape) for key, value in official_state(expected).items()}, shapes)
+    check_shapes(str(file), "RAR", shapes_of(official_state(expected)), shapes)
     model = RAR(settings)
     model.load_state_dict({key: state[official_name(key)].view(value.shape) for key, value in expected.items()}, strict=True)
     return model.eval()
@@ -78,11 +77,7 @@ def from_official(path: str | os.PathLike, **overrides) -> RAR:
 def _measured(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     """What the shapes decide. Raises ValueError: a tensor to measure is not there or has another rank."""
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        if len(shapes.get(key, ())) != rank:
-            raise ValueError(f"{file} is no RAR checkpoint: {key} must be there with {rank} axes, got {shapes.get(key)}")
-        return shapes[key]
-
+    shape = shape_reader(shapes, f"{file} is no RAR checkpoint")
     rows, width = shape("embeddings.weight", 2)
     codes, tokens = shape("lm_head.weight", 2)[0], shape("pos_embed", 3)[1] - SPARE_POSITIONS
     side = round(max(tokens, 0) ** 0.5)
@@ -100,8 +95,7 @@ def _measured(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
 
 def to_official(model: RAR, folder: str | os.PathLike, *, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and `model.safetensors` in the official format; dtype: of the weights on disk, the model's own by default."""
-    settings, folder = model.settings, Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = model.settings
     generator = {
         "hidden_size": settings.width,
         "num_hidden_layers": settings.depth,
@@ -111,7 +105,5 @@ def to_official(model: RAR, folder: str | os.PathLike, *, dtype: torch.dtype | N
         "condition_num_classes": settings.num_classes,
     }
     config = {"model": {"generator": generator, "vq_model": {"codebook_size": settings.codebook_size}}}
-    state = official_state({key: value.detach().cpu() for key, value in model.state_dict().items()})
-    state = {key: value.to(dtype or value.dtype, copy=True).contiguous() for key, value in state.items()}
-    save_file(state, folder / WEIGHT_NAMES[0], metadata={"format": "pt"})
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_weights(Path(folder) / WEIGHT_NAMES[0], official_state(model.state_dict()), dtype=dtype)
+    write_config(Path(folder), config)

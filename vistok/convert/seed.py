@@ -20,7 +20,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, read_state
-from vistok.convert.strict import check_shapes
+from vistok.convert.rules import Rule, both, to_official_names
+from vistok.convert.strict import check_shapes, shape_reader, shapes_of
 from vistok.tokenizers.seed import CODES, SEED, SEEDConfig, SEEDTextConfig, SEEDVisionConfig
 from vistok.tokenizers.seed_qformer import QFormerConfig
 
@@ -43,92 +44,59 @@ _IGNORED = re.compile(r"(Reverse_)?Qformer\.bert\.embeddings\.position_ids|(Reve
 # -- names ------------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One tensor of ours and the official ones it is made of. kind: same | joined (along axis 0) | row | cls | bias (q and v, not k)."""
-
-    ours: str
-    official: tuple[str, ...]
-    kind: str = "same"
-
-    def to_ours(self, tensors: list[Tensor]) -> Tensor:
-        return {
-            "same": lambda: tensors[0],
-            "joined": lambda: torch.cat(tensors),
-            "row": lambda: tensors[0][0],
-            "cls": lambda: tensors[0][0, 0],
-            "bias": lambda: torch.cat([tensors[0], torch.zeros_like(tensors[0]), tensors[1]]),
-        }[self.kind]()
-
-    def to_official(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return {
-            "same": lambda: (tensor,),
-            "joined": lambda: tensor.chunk(len(self.official)),
-            "row": lambda: (tensor[None],),
-            "cls": lambda: (tensor[None, None],),
-            "bias": lambda: tensor.chunk(3)[::2],
-        }[self.kind]()
-
-
-def _both(ours: str, *official: str) -> list[Rule]:
-    """Rules for the weight and the bias of a layer."""
-    kind = "joined" if len(official) > 1 else "same"
-    return [Rule(f"{ours}.{part}", tuple(f"{name}.{part}" for name in official), kind) for part in ("weight", "bias")]
-
-
 def block_rules(ours: str, official: str, *, biases: Literal["qkv", "q and v", "none"]) -> list[Rule]:
     """A ViT block. biases: the official one has one bias for q, k and v, one for q and one for v (EVA), or none of them."""
-    found = _both(f"{ours}.attention_norm", f"{official}.norm1") + _both(f"{ours}.mlp_norm", f"{official}.norm2")
-    found += _both(f"{ours}.mlp.up", f"{official}.mlp.fc1") + _both(f"{ours}.mlp.out", f"{official}.mlp.fc2")
-    found += _both(f"{ours}.attention.proj", f"{official}.attn.proj")
+    found = both(f"{ours}.attention_norm", f"{official}.norm1") + both(f"{ours}.mlp_norm", f"{official}.norm2")
+    found += both(f"{ours}.mlp.up", f"{official}.mlp.fc1") + both(f"{ours}.mlp.out", f"{official}.mlp.fc2")
+    found += both(f"{ours}.attention.proj", f"{official}.attn.proj")
     qkv = f"{official}.attn.qkv"
     if biases == "qkv":
-        return found + _both(f"{ours}.attention.qkv", qkv)
+        return found + both(f"{ours}.attention.qkv", qkv)
     found.append(Rule(f"{ours}.attention.qkv.weight", (f"{qkv}.weight",)))
     if biases == "q and v":
-        found.append(Rule(f"{ours}.attention.qkv.bias", (f"{official}.attn.q_bias", f"{official}.attn.v_bias"), "bias"))
+        found.append(Rule(f"{ours}.attention.qkv.bias", (f"{official}.attn.q_bias", f"{official}.attn.v_bias"), "no_key_bias"))
     return found
 
 
 def _qformer_rules(ours: str, official: str, config: QFormerConfig, *, has_text: bool) -> list[Rule]:
-    found = _both(f"{ours}.norm", f"{official}.bert.embeddings.LayerNorm")
+    found = both(f"{ours}.norm", f"{official}.bert.embeddings.LayerNorm")
     for i in range(config.depth):
         here, there = f"{ours}.layers.{i}", f"{official}.bert.encoder.layer.{i}"
-        found += _both(f"{here}.attention.qkv", *(f"{there}.attention.self.{name}" for name in ("query", "key", "value")))
+        found += both(f"{here}.attention.qkv", *(f"{there}.attention.self.{name}" for name in ("query", "key", "value")))
         parts = [("attention.proj", "attention_end", "attention.output")]
         if i % config.cross_every == 0:
-            found += _both(f"{here}.cross.query", f"{there}.crossattention.self.query")
-            found += _both(f"{here}.cross.key_value", *(f"{there}.crossattention.self.{name}" for name in ("key", "value")))
+            found += both(f"{here}.cross.query", f"{there}.crossattention.self.query")
+            found += both(f"{here}.cross.key_value", *(f"{there}.crossattention.self.{name}" for name in ("key", "value")))
             parts.append(("cross.proj", "cross_end", "crossattention.output"))
         for mlp, suffix in (("mlp", "_query"), ("text_mlp", "")) if has_text else (("mlp", "_query"),):
-            found += _both(f"{here}.{mlp}.up", f"{there}.intermediate{suffix}.dense")
+            found += both(f"{here}.{mlp}.up", f"{there}.intermediate{suffix}.dense")
             parts.append((f"{mlp}.out", f"{mlp}_end", f"output{suffix}"))
         for layer, end, name in parts:
-            found += _both(f"{here}.{layer}", f"{there}.{name}.dense") + _both(f"{here}.{end}.norm", f"{there}.{name}.LayerNorm")
+            found += both(f"{here}.{layer}", f"{there}.{name}.dense") + both(f"{here}.{end}.norm", f"{there}.{name}.LayerNorm")
     return found
 
 
 def rules(settings: SEEDConfig) -> list[Rule]:
     """Every tensor of a SEED without a pixel decoder."""
     found = [
-        Rule("vision.cls", ("visual_encoder.cls_token",), "cls"),
+        Rule("vision.cls", ("visual_encoder.cls_token",), "rows"),
         Rule("vision.positions", ("visual_encoder.pos_embed",), "row"),
         Rule("qformer.registers", ("query_tokens",), "row"),
         Rule("semantic_positions", ("pos_embed",), "row"),
         Rule("generation_positions", ("pos_embed_image",), "row"),
         Rule("quantizer.codebook", ("quantize.embedding.weight",)),
     ]
-    found += _both("vision.patches", "visual_encoder.patch_embed.proj") + _both("vision_norm", "ln_vision")
+    found += both("vision.patches", "visual_encoder.patch_embed.proj") + both("vision_norm", "ln_vision")
     for i in range(settings.vision.depth):
         biases = "q and v" if settings.vision.qkv_bias else "none"
         found += block_rules(f"vision.blocks.{i}", f"visual_encoder.blocks.{i}", biases=biases)
     found += _qformer_rules("qformer", "Qformer", settings.qformer, has_text=settings.text is not None)
     for i in (0, 2):
-        found += _both(f"to_code.{i}", f"encode_task_layer.{i}") + _both(f"from_code.{i}", f"decode_task_layer.{i}")
+        found += both(f"to_code.{i}", f"encode_task_layer.{i}") + both(f"from_code.{i}", f"decode_task_layer.{i}")
     for i in range(settings.block_depth):
         found += block_rules(f"semantic_blocks.{i}", f"blocks.{i}", biases="qkv")
         found += block_rules(f"generation_blocks.{i}", f"blocks_image.{i}", biases="qkv")
-    found += _both("head.proj", "distill_image_proj")
+    found += both("head.proj", "distill_image_proj")
     if settings.head == "mlp":
         found += [Rule(f"head.layers.{i}.weight", (f"image_down.{2 * i}.weight",)) for i in range(len(settings.head_widths))]
     else:
@@ -136,7 +104,7 @@ def rules(settings: SEEDConfig) -> list[Rule]:
         shape = replace(settings.qformer, depth=settings.reverse_depth)
         found += _qformer_rules("head.qformer", "Reverse_Qformer", shape, has_text=False)
     if settings.text is not None:
-        found += _both("text.image_proj", "vision_proj") + _both("text.text_proj", "text_proj") + [Rule("text.temperature", ("temp",))]
+        found += both("text.image_proj", "vision_proj") + both("text.text_proj", "text_proj") + [Rule("text.temperature", ("temp",))]
         for ours in ("words", "positions") if settings.text.vocab_size else ():
             found += [Rule(f"text.{ours}.weight", (f"Qformer.bert.embeddings.{ours.removesuffix('s')}_embeddings.weight",))]
     return found
@@ -144,8 +112,7 @@ def rules(settings: SEEDConfig) -> list[Rule]:
 
 def official_state(settings: SEEDConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of ours (weights, or gradients of some of them) under their official names."""
-    table = {rule.ours: rule for rule in rules(settings)}
-    return {name: part for key, value in tensors.items() for name, part in zip(table[key].official, table[key].to_official(value))}
+    return to_official_names(rules(settings), tensors)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------------------
@@ -173,7 +140,7 @@ def from_official(
     if ignored:
         log.info("%s: not used, so not read: %s", file, ", ".join(ignored))
     state = {name: tensor for name, tensor in state.items() if name not in ignored}
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes = shapes_of(state)
     fields = _measured(file, shapes, overrides.get("image_size"))
     fields["vision"] = replace(fields["vision"], num_heads=vision_heads, norm_eps=vision_eps)
     fields["qformer"] = replace(fields["qformer"], num_heads=qformer_heads, norm_eps=qformer_eps)
@@ -181,8 +148,7 @@ def from_official(
     with torch.device("meta"):
         expected = SEED(settings).state_dict()
     table = rules(settings)
-    wanted = {name: tuple(part.shape) for name, part in official_state(settings, expected).items()}
-    check_shapes(str(file), "SEED", wanted, shapes)
+    check_shapes(str(file), "SEED", shapes_of(official_state(settings, expected)), shapes)
     model = SEED(settings)
     model.load_state_dict({rule.ours: rule.to_ours([state[name] for name in rule.official]) for rule in table}, strict=True)
     return model.eval()
@@ -194,10 +160,7 @@ def _measured(file: Path, shapes: dict[str, tuple[int, ...]], image_size: tuple[
     Raises ValueError: a tensor to measure is not there or has another rank, or the grid of patches is not square and has no image_size.
     """
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        if len(shapes.get(key, ())) != rank:
-            raise ValueError(f"{file} is no SEED tokenizer: {key} must be there with {rank} axes, got {shapes.get(key)}")
-        return shapes[key]
+    shape = shape_reader(shapes, f"{file} is no SEED tokenizer")
 
     def depth(prefix: str, matches: Callable[[str], bool] = lambda key: True) -> list[int]:
         parts = {key[len(prefix) :].split(".")[0] for key in shapes if key.startswith(prefix) and matches(key)}

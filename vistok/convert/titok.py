@@ -14,23 +14,22 @@ and counts; the configuration, where there is one, decides what no shape tells: 
 The two-stage models (is_legacy) reinterpret the registers in front of conv_out: TiTokConfig.interleaved_head.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, read_state
 from vistok.convert.safe_reader import read_json_object
-from vistok.convert.strict import check_shapes
+from vistok.convert.strict import check_shapes, shape_reader, shapes_of
+from vistok.convert.writing import CONFIG_NAME, write_config, write_weights
 from vistok.quantizers.vq import TRAINING_STATE
 from vistok.tokenizers.maskgit_vqgan import PixelDecoderConfig
 from vistok.tokenizers.titok import SIZES, TiTok, TiTokConfig
 
-WEIGHT_NAMES, CONFIG_NAME = ("model.safetensors", "pytorch_model.bin"), "config.json"
+WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 # Keys of the frozen text tower that some TA-TiTok files may carry; text features are made outside.
 _IGNORED = re.compile(r"(clip_encoder|text_encoder)\..+")
 
@@ -108,7 +107,7 @@ def from_official(path: str | os.PathLike, *, config: dict | None = None, **over
     state = {key: value for key, value in read_state(file).items() if not _IGNORED.fullmatch(key)}
     if config is None and (file.parent / CONFIG_NAME).is_file():
         config = read_json_object(file.parent / CONFIG_NAME)
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    shapes = shapes_of(state)
     fields = {**_measured(file, shapes), **_said(file, config or {}, shapes), **overrides}
     lacking = [name for name in ("encoder_heads", "decoder_heads") if name not in fields]
     if lacking:
@@ -116,7 +115,7 @@ def from_official(path: str | os.PathLike, *, config: dict | None = None, **over
     settings = TiTokConfig(**fields)
     with torch.device("meta"):
         expected = TiTok(settings).state_dict()
-    check_shapes(str(file), "TiTok", {key: tuple(value.shape) for key, value in official_state(expected).items()}, shapes)
+    check_shapes(str(file), "TiTok", shapes_of(official_state(expected)), shapes)
     model = TiTok(settings)
     model.load_state_dict({key: state[official_name(key)].reshape(value.shape) for key, value in expected.items()}, strict=True)
     return model.eval()
@@ -125,11 +124,7 @@ def from_official(path: str | os.PathLike, *, config: dict | None = None, **over
 def _measured(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     """Config fields that shapes decide. Raises ValueError: a tensor to measure is not there or has another rank."""
 
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        if len(shapes.get(key, ())) != rank:
-            raise ValueError(f"{file} is no TiTok checkpoint: {key} must be there with {rank} axes, got {shapes.get(key)}")
-        return shapes[key]
-
+    shape = shape_reader(shapes, f"{file} is no TiTok checkpoint")
     fields: dict = {}
     for part in ("encoder", "decoder"):
         count, width = shape(f"{part}.positional_embedding", 2)
@@ -242,9 +237,5 @@ def to_official(model: TiTok, folder: str | os.PathLike, *, dtype: torch.dtype |
     Raises ValueError: the official code has no such model.
     """
     config = official_config(model.settings)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = official_state({key: value.detach().cpu() for key, value in model.state_dict().items()})
-    state = {key: value.to(dtype or value.dtype, copy=True).contiguous() for key, value in state.items()}
-    save_file(state, folder / WEIGHT_NAMES[0], metadata={"format": "pt"})
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_weights(Path(folder) / WEIGHT_NAMES[0], official_state(model.state_dict()), dtype=dtype)
+    write_config(Path(folder), config)

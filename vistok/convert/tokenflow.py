@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vistok.convert.llamagen import vq_name
 from vistok.convert.pickles import find_state, plain_names, read_state
-from vistok.convert.strict import check_shapes
+from vistok.convert.strict import check_shapes, shapes_of
 from vistok.quantizers.vq import TRAINING_STATE
 from vistok.tokenizers.tokenflow import CLIP_MEAN, CLIP_STD, TokenFlow, TokenFlowConfig
 from vistok.tokenizers.tokenflow_nets import SemanticEncoderConfig
@@ -173,7 +173,7 @@ def load_tower(model: TokenFlow, tower: nn.Module) -> None:
     settings, state = model.settings, {f"{_TOWER}{key}": value for key, value in tower.state_dict().items()}
     if settings.encoder.kind == "timm":
         ours, theirs = model.semantic_encoder.state_dict(), tower.state_dict()
-        check_shapes("the teacher", settings.encoder.timm_name, _shapes(ours), _shapes(theirs))
+        check_shapes("the teacher", settings.encoder.timm_name, shapes_of(ours), shapes_of(theirs))
         model.semantic_encoder.load_state_dict(theirs)
         return
     names = {}
@@ -186,12 +186,8 @@ def load_tower(model: TokenFlow, tower: nn.Module) -> None:
             f"the teacher is no {settings.encoder.kind} tower: it lacks {', '.join(n.removeprefix(_TOWER) for n in lacking[:5])}"
         )
     loaded = {key: torch.cat([state[name] for name in parts]) for key, parts in names.items()}
-    check_shapes("the teacher", "the semantic encoder", _shapes(model.semantic_encoder.state_dict()), _shapes(loaded))
+    check_shapes("the teacher", "the semantic encoder", shapes_of(model.semantic_encoder.state_dict()), shapes_of(loaded))
     model.semantic_encoder.load_state_dict(loaded)
-
-
-def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def config_of(state: dict[str, Tensor], **overrides) -> TokenFlowConfig:
@@ -199,7 +195,7 @@ def config_of(state: dict[str, Tensor], **overrides) -> TokenFlowConfig:
 
     Raises ValueError: a key that says something is not there, or something no key says is not given.
     """
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    shapes = shapes_of(state)
     try:
         encoder = _encoder_config(shapes, {key: overrides.pop(key, None) for key in ("encoder_heads", "encoder_depth", "timm_name")})
         fields = _measured(shapes)

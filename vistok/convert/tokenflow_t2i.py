@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, read_state
-from vistok.convert.strict import check_shapes
+from vistok.convert.strict import check_shapes, shapes_of
+from vistok.convert.writing import write_weights
 from vistok.generators.tokenflow_t2i import TokenFlowT2I, TokenFlowT2IConfig
 from vistok.tokenizers.tokenflow import TokenFlow
 
@@ -69,8 +70,8 @@ def from_official(path: str | os.PathLike, *, tokenizer: TokenFlow | None = None
     state = {key: value for key, value in state.items() if not key.startswith(("model.vision_tower.", "tokenizer.")) or key in _CODES}
     with torch.device("meta"):
         expected = TokenFlowT2I(settings)
-    wanted = {name: tuple(part.shape) for name, part in official_state(expected).items()}
-    check_shapes(str(path), "TokenFlowT2I", wanted, {key: tuple(value.shape) for key, value in state.items()})
+    wanted = shapes_of(official_state(expected))
+    check_shapes(str(path), "TokenFlowT2I", wanted, shapes_of(state))
     model = TokenFlowT2I(settings)
     model.load_state_dict(
         {key: torch.cat([state[name] for name in _official_names(key)], dim=int(key == _CODEBOOK)) for key in model.state_dict()}
@@ -118,9 +119,4 @@ def official_state(model: TokenFlowT2I) -> dict[str, Tensor]:
 
 def to_official(model: TokenFlowT2I, folder: str | os.PathLike) -> None:
     """Write model.safetensors under the official names, the tokenizer's codes among them."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in official_state(model).items()}
-    save_file(state, folder / FILE_NAME, metadata={"format": "pt"})
+    write_weights(Path(folder) / FILE_NAME, official_state(model))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vistok.convert.pickles import PICKLED, plain_names, read_state
-from vistok.convert.strict import check_shapes
+from vistok.convert.strict import check_shapes, shapes_of
 from vistok.generators.var import VAR, VARConfig
 from vistok.quantizers.vq import TRAINING_STATE
 from vistok.tokenizers.var_vqvae import SCALES_256, VARVQVAE, ScaleCodesConfig, VARVQVAEConfig
@@ -129,8 +129,8 @@ def official_state(model: VARVQVAE | VAR) -> dict[str, Tensor]:
 def _built(kind: type, config: VARVQVAEConfig | VARConfig, state: dict[str, Tensor], where: str) -> VARVQVAE | VAR:
     """A model with these official tensors. Raises ValueError: they are not exactly the model's; all at fault are named."""
     with torch.device("meta"):  # nothing is allocated for a file that does not fit
-        expected = {name: tuple(value.shape) for name, value in official_state(kind(config)).items()}
-    check_shapes(where, kind.__name__, expected, {name: tuple(value.shape) for name, value in state.items()})
+        expected = shapes_of(official_state(kind(config)))
+    check_shapes(where, kind.__name__, expected, shapes_of(state))
     if kind is VAR:
         wrong = [name for name, value in _derived(config).items() if not torch.equal(state[name].to(value), value)]
         if wrong:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vistok.convert.pickles import find_state, plain_names, read_state
-from vistok.convert.strict import check_shapes
+from vistok.convert.strict import check_shapes, shapes_of
 from vistok.generators.order import OrderConfig
 from vistok.generators.xar import XAR, XARConfig
 
@@ -99,9 +99,9 @@ def from_official(path: str | os.PathLike, *, ema: bool = True, **overrides) -> 
     state = plain_names(read_state(file, wrappers=WRAPPERS[bool(ema)]), str(file))
     config = XARConfig(**{**_measured(file, state, overrides), **overrides})
     with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in _weights(XAR(config).state_dict()).items()}
+        expected = shapes_of(_weights(XAR(config).state_dict()))
     given = {name: value for name, value in state.items() if not _DERIVED.fullmatch(name)}
-    check_shapes(str(file), "xAR", expected, {key: tuple(value.shape) for key, value in given.items()})
+    check_shapes(str(file), "xAR", expected, shapes_of(given))
     model = XAR(config)
     _check_derived(file, state, _derived(model))
     model.load_state_dict({key: _joined(key, value, state) for key, value in model.state_dict().items()}, strict=True)
@@ -115,7 +115,7 @@ def _joined(key: str, ours: Tensor, state: dict[str, Tensor]) -> Tensor:
 def _check_derived(file: Path, state: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
     found = {name: value for name, value in state.items() if _DERIVED.fullmatch(name)}
     wanted = {name: tuple(value.shape) for name, value in tables.items() if name in found}
-    check_shapes(str(file), "xAR", wanted, {name: tuple(value.shape) for name, value in found.items()})
+    check_shapes(str(file), "xAR", wanted, shapes_of(found))
     # another machine's cosine, or half precision on disk, is still the same table
     wrong = [
         name for name, value in found.items() if not torch.allclose(value.float(), tables[name], atol=1e-2 if value.itemsize < 4 else 1e-4)

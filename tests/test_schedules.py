@@ -6,8 +6,10 @@ import torch
 import vistok
 from vistok import rng
 from vistok.decoding import SamplingConfig, generate
+from vistok.decoding.adaptive_rows import recheck
 from vistok.decoding.exits import exit_layers, generate_exits
 from vistok.decoding.rows import generate_rows
+from vistok.decoding.sampling import sample
 
 
 def make(kind="gpt", **overrides):
@@ -53,6 +55,81 @@ def test_overlapping_rows_take_the_passes_of_the_paper_and_differ_behind_the_fir
     alone = [generate_rows(model, window=window, **{**call(model), "generators": rng.image_generators(0, [1]),
                            "condition": model.make_condition(1, labels=[1])})[0].ids]  # fmt: skip
     assert torch.equal(alone[0][0], tokens.ids[1])
+
+
+@pytest.mark.parametrize("kind", ["gpt", "rar"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_an_adaptive_window_of_a_whole_row_is_the_plain_loop(kind, scale):
+    model = make(kind)
+    plain, _ = generate(model, **call(model, scale=scale))
+    rows, stats = generate_rows(model, window=model.layout.shape[1], window_adapts=True, **call(model, scale=scale))
+    assert torch.equal(rows.ids, plain.ids) and stats.target_passes == plain.ids.shape[1]
+
+
+@pytest.mark.parametrize("kind", ["gpt", "rar"])
+@pytest.mark.parametrize("window", [1, 2])
+def test_an_adaptive_window_waits_for_each_image_alone(kind, window):
+    model = make(kind)
+    (h, w), batch = model.layout.shape, 4
+    more = dict(window=window, window_adapts=True)
+    args = call(model) | dict(generators=rng.image_generators(0, batch), condition=model.make_condition(batch, labels=[0, 1, 2, 0]))
+    tokens, stats = generate_rows(model, **more, **args)
+    assert (tokens.ids >= 0).all()
+    fixed = 2 * w + (h - 2) * window - 1  # a row that adapts starts at least a pass later, and at the latest below a whole row
+    least, most = fixed + (h - 2) * (w > window), h * w - 1
+    paces, total = set(), 0
+    for i in range(batch):
+        alone, cost = generate_rows(
+            model, **more, **(args | dict(generators=rng.image_generators(0, [i]), condition=model.make_condition(1, labels=[i % 3])))
+        )
+        assert torch.equal(alone.ids[0], tokens.ids[i])
+        assert least <= cost.image_passes <= most and cost.image_passes == cost.target_passes - 1
+        paces.add(cost.image_passes)
+        total += cost.image_passes
+    assert total == stats.image_passes and stats.target_passes == 1 + max(paces)
+    assert kind == "rar" or len(paces) > 1
+
+
+def test_a_guess_that_was_checked_has_the_law_it_was_checked_against():
+    generator = torch.Generator().manual_seed(0)
+    old, new = torch.rand(2, 500, 5, generator=generator, dtype=torch.float64).pow(3)
+    old[::7, :2], new[::5, 3:], new[::11] = 0, 0, old[::11]
+    old, new = old / old.sum(1, keepdim=True), new / new.sum(1, keepdim=True)
+    excess = (new - old).clamp(min=0)
+    rest = torch.where(excess.sum(1, keepdim=True) > 0, excess / excess.sum(1, keepdim=True).clamp(min=1e-300), new)
+    law, u = torch.zeros_like(new), torch.rand(500, generator=generator, dtype=torch.float64)
+    for x in range(5):
+        guess, can_be = torch.full((500,), x), old[:, x] > 0
+        chance = (new[:, x] / old[:, x].clamp(min=1e-300)).clamp(max=1)
+        kept, after = recheck(guess, old, new, chance - 1e-9, u)
+        assert bool(kept[can_be & (chance > 1e-9)].all()) and torch.equal(after[kept], guess[kept])
+        kept, after = recheck(guess, old, new, chance + 1e-9, u)
+        kept = kept | (chance == 1)
+        assert not kept[can_be & (chance < 1)].any() and torch.equal(after[can_be & ~kept], sample(rest, u)[can_be & ~kept])
+        law += old[:, x, None] * (chance[:, None] * torch.eye(5, dtype=torch.float64)[x] + (1 - chance[:, None]) * rest)
+    torch.testing.assert_close(law, new, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "rar"])
+@pytest.mark.parametrize("way", ["rows", "adaptive rows", "exits"])
+def test_unconditional_rows_are_dropped_once_no_guided_token_is_left(kind, way):
+    model, rows = make(kind), []
+    N = model.max_tokens
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: rows.append(len(inputs[0])))
+
+    def decoded(until, last):
+        def scale(step):
+            return 2.0 if step < until else last if step == N - 1 else 1.0
+
+        rows.clear()
+        if way == "exits":
+            return generate_exits(model, least=0, **call(model, scale=scale))[0].ids, list(rows)
+        return generate_rows(model, window=2, window_adapts="adaptive" in way, **call(model, scale=scale))[0].ids, list(rows)
+
+    dropped, fewer = decoded(7, 1.0)
+    kept, all_rows = decoded(7, 1.0 + 1e-12)  # the same tokens, with a last token's scale that keeps the unconditional rows
+    assert torch.equal(dropped, kept)
+    assert fewer[0] == 6 and fewer[-1] == 3 and set(all_rows) == {6} and len(fewer) == len(all_rows)
 
 
 def test_what_has_no_rows_is_refused():

@@ -50,6 +50,16 @@ def test_rows_overlap_on_request(pipe):
     assert torch.equal(out.tokens.ids[1:], pipe(labels=["Cats"], num_images=2, seed=0, row_window=1, batch_size=1).tokens.ids[1:])
 
 
+def test_rows_adapt_and_layers_are_skipped_on_request(pipe):
+    call = dict(labels=["Cats"], num_images=2, seed=0)
+    plain, whole = pipe(**call), pipe(**call, row_window=4, row_window_adapts=True)
+    assert torch.equal(whole.tokens.ids, plain.tokens.ids)
+    assert 2 * 4 + 2 * 1 < pipe(**call, row_window=1, row_window_adapts=True).stats.target_passes <= 16
+    depth = len(pipe.generator.blocks)
+    assert torch.equal(pipe(**call, exits=depth - 1).tokens.ids, plain.tokens.ids)
+    assert pipe(**call, exits=0).tokens.ids.shape == plain.tokens.ids.shape
+
+
 def test_typical_sampling_composes_with_drafts_that_are_not_drawn(pipe):
     call = dict(labels=["Cats"], seed=0, typical_p=0.4, top_k=100)
     assert torch.equal(pipe(**call).tokens.ids, pipe(**call, drafter="copy").tokens.ids)
@@ -75,6 +85,10 @@ def test_drafters_and_models_are_taken_as_they_are(pipe, tmp_path):
         (dict(drafter="jacobi", num_draft_tokens="most"), "num_draft_tokens='most'"),
         (dict(drafter="jacobi", row_window=2), "without a drafter"),
         (dict(row_window=5), "window=5 but a row has 1 to 4"),
+        (dict(row_window_adapts=True), "needs a row_window"),
+        (dict(exits=99), "do not fit"),
+        (dict(exits=1, drafter="jacobi"), "without a drafter"),
+        (dict(exits=1, row_window=2), "or exits"),
         (dict(typical_p=0.0), "typical_p must be in"),
         (dict(drafter=vistok.create("fsq2d-tiny")), "FSQ2D cannot draft"),
     ],
@@ -96,3 +110,7 @@ def test_the_command_drafts_and_writes_down_how(pipe, tmp_path, capsys):
     assert main([*common, "--drafter", "jacobi", "--drafter-options", "length=two"]) == 2
     assert "must be a whole number" in capsys.readouterr().err
     assert main([*common, "--drafter-options", "length=2"]) == 2
+    for options in (["--row-window", "2", "--row-window-adapts"], ["--exits", "0"], ["--drafter", "copy", "--num-draft-tokens", "auto"]):
+        assert main([*common, *options]) == 0
+        record = json.loads((tmp_path / "generation.json").read_text())
+        assert options[0][2:].replace("-", "_") in record

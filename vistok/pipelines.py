@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from vistok import rng
-from vistok.decoding import GenerationStats, SamplingConfig, step_sizes
+from vistok.decoding import GenerationStats, SamplingConfig, generate_exits, step_sizes
 from vistok.decoding.drafters.choose import choose_drafter, choose_rule
 from vistok.decoding.flow import check_values, makes_values, partial_tokens, plain_draw
 from vistok.decoding.rows import generate_rows
@@ -109,6 +109,8 @@ class TokenImagePipeline(DiffusionPipeline):
         min_p: float = 0.0,
         typical_p: float = 1.0,
         row_window: int | None = None,
+        row_window_adapts: bool = False,
+        exits: int | None = None,
         num_steps: int | None = None,
         final_steps: int | None = None,
         solver: str | None = None,
@@ -133,6 +135,8 @@ class TokenImagePipeline(DiffusionPipeline):
         guidance_scale: 1 is off; or a function of the step; VAR rises to it from scale to scale, xAR from entity to entity.
         temperature, top_k, top_p, min_p, typical_p: of a generator of ids, see `SamplingConfig`.
         row_window: on a grid, start a row of tokens when the row above has so many: fewer passes, other images (`decoding.generate_rows`).
+        row_window_adapts: a row also waits until its first token stays the same while the row above grows.
+        exits: later tokens run ever fewer layers, the last one the first and so many of the last (`decoding.generate_exits`): other images.
         num_steps, final_steps, solver: of xAR, see `FlowSampling`; what is not given is as there.
         prefix: of each image's first tokens, as the callback got them, from which the same seed goes on: ids [n, tokens], or xAR's values
         [n, slots, C]. Not with a drafter.
@@ -161,10 +165,16 @@ class TokenImagePipeline(DiffusionPipeline):
         generators, seed = self._generators(generators, seed, total)
         choice = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
         sampling = SamplingConfig(**choice)
+        if row_window_adapts and row_window is None:
+            raise ValueError("row_window_adapts needs a row_window, the least that a row waits for")
         if row_window is not None:
-            if any(given is not None for given in (drafter, prefix, num_tokens)):
-                raise ValueError("row_window is for all tokens of a grid, without a drafter or a prefix")
-            draw = self._in_rows(sampling, row_window)
+            if any(given is not None for given in (drafter, prefix, num_tokens, exits)):
+                raise ValueError("row_window is for all tokens of a grid, without a drafter, a prefix or exits")
+            draw = self._in_rows(sampling, row_window, row_window_adapts)
+        elif exits is not None:
+            if drafter is not None or prefix is not None:
+                raise ValueError("exits are for plain decoding, without a drafter or a prefix")
+            draw = self._with_exits(sampling, exits)
         elif drafter is not None:
             if prefix is not None:
                 raise ValueError("a prefix is for plain decoding; leave the drafter out")
@@ -214,13 +224,14 @@ class TokenImagePipeline(DiffusionPipeline):
         fixed = dict(sampling=sampling, drafter=drafter, rule=rule, num_draft_tokens=num_draft_tokens)
         return lambda rows, condition, **options: speculate(self.generator, condition, **fixed, **options)
 
-    def _in_rows(self, sampling: SamplingConfig, window: int) -> Callable:
+    def _in_rows(self, sampling: SamplingConfig, window: int, window_adapts: bool) -> Callable:
         """What draws the tokens of a batch in rows that overlap."""
+        fixed = dict(sampling=sampling, window=window, window_adapts=window_adapts)
+        return lambda rows, condition, *, num_tokens, **options: generate_rows(self.generator, condition, **fixed, **options)
 
-        def draw(rows: slice, condition, *, num_tokens: None, **options):
-            return generate_rows(self.generator, condition, window=window, sampling=sampling, **options)
-
-        return draw
+    def _with_exits(self, sampling: SamplingConfig, least: int) -> Callable:
+        """What draws the tokens of a batch by ever fewer layers."""
+        return lambda rows, condition, **options: generate_exits(self.generator, condition, sampling=sampling, least=least, **options)
 
     @torch.no_grad()
     def partial_images(self, data: Tensor, *, output_type: str = "pil"):

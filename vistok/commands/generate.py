@@ -47,6 +47,10 @@ class Generate:
     """Choose among the tokens that surprise as much as expected, up to this much probability."""
     row_window: optional(int, "N", "default: rows one after another") = None
     """Start a row of a grid when the row above has N tokens (ZipAR): several times quicker, other images."""
+    row_window_adapts: bool = False
+    """Let a row also wait until its first token stays the same while the row above grows: less quick, nearer to plain decoding."""
+    exits: optional(int, "LAYERS", "default: all layers") = None
+    """Run ever fewer layers for later tokens, down to the first and this many of the last (SkipDecode): quicker, other images."""
     num_steps: optional(int, "N", "default: 40") = None
     """Solver steps of an xAR's first entity (a cell, a scale, ...): fewer are quicker."""
     final_steps: optional(int, "N", "default: as the first") = None
@@ -68,8 +72,8 @@ class Generate:
     """Its options, such as k=100."""
     eps: optional(float, "E", "default: the rule's") = None
     """How much total variation a token may lose; alone it means --rule lantern_budget."""
-    num_draft_tokens: optional(int, "N", "default: as the drafter makes") = None
-    """Tokens drafted for a pass; 0 is plain decoding."""
+    num_draft_tokens: optional(int | Literal["auto"], "N", "default: as the drafter makes") = None
+    """Tokens drafted for a pass; 0 is plain decoding; auto finds out how many pay, or that none do."""
     decode_steps: optional(int, "N", "default: the model's") = None
     """Solver steps of a flow decoder (FlexTok)."""
     seed: optional(int, "S", "default: drawn, and written down") = None
@@ -98,9 +102,11 @@ class Generate:
             vistok.to_int8(pipe.generator)
         pipe.set_progress_bar_config(desc="generate", unit="token", disable=not shows_progress())
         named = ("num_tokens", "guidance_scale", "temperature", "top_k", "top_p", "min_p", "typical_p")
-        given = ("num_steps", "final_steps", "solver", "row_window")
+        given = ("num_steps", "final_steps", "solver", "row_window", "exits")
         sampling = {name: getattr(self, name) for name in named}
         sampling |= {name: getattr(self, name) for name in given if getattr(self, name) is not None}
+        if self.row_window_adapts:
+            sampling["row_window_adapts"] = True
         if self.prefix is not None:
             sampling["prefix"] = read_prefix(self.prefix, pipe, self.prefix_entities)
         decoding = decode_options(pipe.tokenizer, num_steps=self.decode_steps)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
 from vistok import rng
 from vistok.decoding.draft import TreeShape
@@ -46,6 +47,7 @@ def generate_exits(
     num_tokens: int | None = None,
     sampling: SamplingConfig | None = None,
     guidance_scale: float | Callable[[int], float] = 1.0,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[VisualTokens, GenerationStats]:
     """Tokens of B images, one image a generator. warmup, most (all others by default), least: see `exit_layers`; the rest as for
     `generate`.
@@ -65,11 +67,15 @@ def generate_exits(
     with packed_linears(model, state.num_rows) if N >= WORTH_PACKING else nullcontext():
         for n in range(N):
             if n:
+                state.span = (n, n)
+                state.end_guidance()
                 root = state.rows(state.ids[:, n - 1 : n])
                 placement = state.cache.behind(alone.depths, alone.ancestors, span=(prefix + n - 1, prefix + n - 1))
                 features = model.extend(root, placement, state.cache, layers=layers[n])
                 state.cache.lengths = state.cache.lengths + 1
             law = state.law(model.head(features), state.counts[:, None] + n)
             state.ids[:, n] = sample(law[:, 0], uniforms[:, n])
+            if on_step is not None:
+                on_step(n, state.ids[:, : n + 1])
     state.ids.sum().item()  # wait for the device, so that seconds means something
     return VisualTokens.from_ids(state.ids, model.layout), GenerationStats(B, B * N, N, time.perf_counter() - began)

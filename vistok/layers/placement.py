@@ -99,6 +99,7 @@ class PlacedCache:
 
     def keep_rows(self, num_rows: int) -> None:
         """Forget all rows but the first ones: the unconditional half, once guidance is over. Copies nothing."""
+        self.prefix.keep_rows(num_rows)
         self.keys, self.values, self.lengths = self.keys[:, :num_rows], self.values[:, :num_rows], self.lengths[:num_rows]
         self.visible = None if self.visible is None else self.visible[:num_rows]
 

@@ -59,6 +59,34 @@ def test_guidance_of_one_is_no_guidance_and_zero_is_the_null_class(model):
     assert not torch.equal(sample(model, numbers), null)
 
 
+def test_images_with_different_numbers_of_known_tokens_go_on_together_and_keep_them(model):
+    prefix = torch.full((3, 16), model.mask_id)
+    prefix[0, ::2], prefix[1, 3], prefix[2] = 7, 5, 9
+    seen = []
+    together = sample(model, [0, 1, 2], prefix=prefix, guidance_scale=2.0, on_step=lambda step, ids: seen.append(ids))
+    known = prefix != model.mask_id
+    assert torch.equal(together[known], prefix[known]) and int(together.max()) < 20 and not torch.equal(together[1], prefix[1])
+    assert all(torch.equal(ids[known], prefix[known]) for ids in seen)
+    assert torch.equal(together[:1], sample(model, [0], prefix=prefix[:1], guidance_scale=2.0))
+    assert torch.equal(together[1:2], sample(model, [1], prefix=prefix[1:2], guidance_scale=2.0))
+
+
+def test_first_tokens_alone_are_a_prefix_too_and_save_the_steps_that_would_have_made_them(model):
+    first = torch.arange(12).expand(2, -1)
+    condition = model.make_condition(2, labels=[0, 1])
+    tokens, stats = generate(model, condition, generators=image_generators(0, 2), prefix=first)
+    assert torch.equal(tokens.ids[:, :12], first) and stats.num_tokens == 8 and stats.target_passes < 8
+    for prefix, message in (
+        (first[:1], "must hold ids"),
+        (first + 10, "allowed: 0 to 19, and 20 for a masked"),
+        (first.float(), "float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(model, [0, 1], prefix=prefix)
+    with pytest.raises(ValueError, match="none to make"):
+        sample(model, [0], prefix=torch.zeros(1, 16, dtype=torch.int64))
+
+
 def test_guesses_follow_the_law_of_the_logits_at_full_noise():
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20000, 1, 3)
     uniforms = torch.rand(20000, 1, 4, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import torch
 import vistok
 from vistok.convert.tokenflow_t2i import FILE_NAME, from_official, to_official
 from vistok.decoding.generate import generate
-from vistok.decoding.multi_pass import PUBLISHED, generate_multi_pass
+from vistok.decoding.multi_pass import PUBLISHED, generate_multi_pass, narrowing
 from vistok.decoding.sampling import SamplingConfig
 from vistok.generators.tokenflow_t2i import Prompt
 
@@ -72,6 +72,55 @@ def test_one_pass_is_the_plain_loop_and_three_are_the_published_count_of_runs(mo
     assert not torch.equal(tokens.ids, once.ids)
     tokenizer = vistok.create("tokenflow-tiny").eval()
     assert tokenizer.decode(tokens).shape == (2, 3, 32, 32)
+
+
+def test_the_published_setting_is_what_the_first_pass_of_it_narrows_to():
+    assert narrowing(SamplingConfig(top_k=1200, top_p=0.8), 3, 32768) == PUBLISHED
+    assert [each.top_k for each in narrowing(SamplingConfig(), 4, 48)[:3]] == [0, 4, 4]
+    assert narrowing(SamplingConfig(top_k=5), 1, 48) == (SamplingConfig(top_k=5),)
+    with pytest.raises(ValueError, match="at least one pass"):
+        narrowing(SamplingConfig(), 0, 48)
+
+
+def worded(**changes):
+    rows = dict(vocab_size=44 + 64, image_token_start=44, text="hash", caption_tokens=2, num_classes=3, classes=("a", "b", "c"))
+    return vistok.create("tokenflow-t2i-tiny", **{**rows, **changes}).eval()
+
+
+def test_classes_and_words_become_prompts_that_can_be_dropped():
+    model = worded()
+    prompt = model.make_condition(3, labels=[2, -1, 0], captions=["red cat sits", "red", ""])
+    red, cat = prompt.ids[0, 1:3].tolist()
+    assert max(red, cat) < PAD and prompt.ids.tolist() == [[42, red, cat, 43], [PAD, PAD, red, 43], [40, PAD, PAD, 43]]
+    assert torch.equal(model.make_condition(3).ids, prompt.null) and prompt.null.tolist() == [[PAD, PAD, PAD, 43]] * 3
+    yes, no = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    assert torch.equal(prompt.drop(yes, yes).ids, prompt.null) and torch.equal(prompt.drop(no, no).ids, prompt.ids)
+    assert torch.equal(prompt.drop(yes, no).ids, model.make_condition(3, captions=["red cat sits", "red", ""]).ids)
+    assert torch.equal(prompt.drop(no, yes)[1:].ids, model.make_condition(2, labels=[-1, 0]).ids)
+
+
+def test_prompts_that_cannot_be_say_why(model):
+    with pytest.raises(ValueError, match="make a Prompt"):
+        model.make_condition(1, captions=["a cat"])
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):
+        worded().make_condition(1, labels=[3])
+    with pytest.raises(ValueError, match="codes cannot start at image_token_start=43"):
+        worded(image_token_start=43)
+    with pytest.raises(ValueError, match="num_classes=3"):
+        worded(text="none")
+    with pytest.raises(ValueError, match="this generator was built for"):
+        model.read_codes_of(vistok.create("tokenflow-tiny", codebook_size=32))
+
+
+def test_teacher_forcing_does_not_read_the_last_scale_and_dropout_factors_of_one_change_nothing(model, prompt):
+    codes = torch.randint(64, (2, 21), generator=torch.Generator().manual_seed(0))
+    keep = torch.ones(2, 2, 2, 1, 32)
+    with torch.no_grad():
+        assert torch.equal(model(codes[:, :5], prompt), model(codes, prompt))
+        assert torch.equal(model(codes[:, :20], prompt, keep=keep), model(codes, prompt))
+        assert not torch.equal(model(codes, prompt, keep=keep * torch.tensor([0.0, 1.0])[:, None, None, None]), model(codes, prompt))
+    with pytest.raises(ValueError, match="from 5 to 21"):
+        model(codes[:, :4], prompt)
 
 
 def test_fewer_tokens_are_the_first_scales_and_end_at_one(model, prompt):

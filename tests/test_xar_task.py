@@ -253,10 +253,10 @@ def test_parts_that_do_not_fit_and_options_of_other_generators_are_refused():
     with pytest.raises(ValueError, match="not trained together"):
         TokenImagePipeline(vistok.create("xar-tiny"), pipe.tokenizer)
     gpt = TokenImagePipeline(vistok.create("gpt-tiny", layout_shape=(4, 4)).eval(), tokenizer_of("fsq2d"))
-    with pytest.raises(ValueError, match="num_steps is of generators of values"):
+    with pytest.raises(ValueError, match="steps of a GPT are its tokens"):
         gpt(num_steps=3)
-    with pytest.raises(ValueError, match="show nothing"):
-        gpt.partial_images(torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="solver is of generators of values"):
+        gpt(solver="euler")
 
 
 @pytest.mark.parametrize("kind", ["vae", "fsq2d"])

@@ -33,8 +33,9 @@ from torch import Tensor
 from vistok import rng
 from vistok.decoding import GenerationStats, SamplingConfig, generate_exits, step_sizes
 from vistok.decoding.drafters.choose import choose_drafter, choose_rule
-from vistok.decoding.flow import check_values, makes_values, partial_tokens, plain_draw
+from vistok.decoding.flow import check_values, makes_values
 from vistok.decoding.rows import generate_rows
+from vistok.decoding.serving import partial_tokens, plain_draw
 from vistok.decoding.speculative import check_target, speculate
 from vistok.generators import TextEncoder
 from vistok.image import to_pil
@@ -137,7 +138,8 @@ class TokenImagePipeline(DiffusionPipeline):
         row_window: on a grid, start a row of tokens when the row above has so many: fewer passes, other images (`decoding.generate_rows`).
         row_window_adapts: a row also waits until its first token stays the same while the row above grows.
         exits: later tokens run ever fewer layers, the last one the first and so many of the last (`decoding.generate_exits`): other images.
-        num_steps, final_steps, solver: of xAR, see `FlowSampling`; what is not given is as there.
+        num_steps, final_steps, solver: of xAR, see `FlowSampling`; what is not given is as there. num_steps is also the passes of a
+        MaskGIT, and those over each scale of TokenFlow's generator.
         prefix: of each image's first tokens, as the callback got them, from which the same seed goes on: ids [n, tokens], or xAR's values
         [n, slots, C]. Not with a drafter.
         drafter: speculative decoding by a drafter: its name (`decoding.drafters.list_drafters()`), a drafter (`make_drafter`), or a trained
@@ -182,8 +184,8 @@ class TokenImagePipeline(DiffusionPipeline):
         elif any(given is not None for given in (rule, eps, num_draft_tokens)):
             raise ValueError("rule, eps and num_draft_tokens say what becomes of drafts; give a drafter too, such as 'jacobi'")
         else:
-            flow = dict(num_steps=num_steps, final_steps=final_steps, solver=solver)
-            draw = plain_draw(self.generator, self.tokenizer, sampling, flow, prefix, total)
+            how = dict(num_steps=num_steps, final_steps=final_steps, solver=solver)
+            draw = plain_draw(self.generator, self.tokenizer, sampling, how, prefix, total)
         low, high = self.tokenizer.min_tokens, self.generator.max_tokens
         steps = high if num_tokens is None else num_tokens
         if isinstance(steps, bool) or not isinstance(steps, int) or not low <= steps <= high:
@@ -235,19 +237,12 @@ class TokenImagePipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def partial_images(self, data: Tensor, *, output_type: str = "pil"):
-        """What the tokens that `callback_on_step_end` was given show.
+        """What the tokens that `callback_on_step_end` was given show: ids [B, n], or xAR's values [B, n, C]; see `partial_tokens`.
 
-        data: of xAR, values [B, n, C] of the first entities: where nothing is known yet, the mean. Of other generators, ids [B, n] of a
-        tokenizer of ordered tokens. output_type: as in a call.
-        Raises ValueError: the tokenizer decodes no such beginning.
+        output_type: as in a call. Raises ValueError: the values end inside an entity.
         """
-        generator, tokenizer = self.generator, self.tokenizer
-        if makes_values(generator):
-            tokens = partial_tokens(generator, tokenizer, data)
-        elif data.shape[1] < tokenizer.min_tokens:
-            raise ValueError(f"{data.shape[1]} tokens show nothing: {type(tokenizer).__name__} decodes {tokenizer.min_tokens} or more")
-        else:
-            tokens = VisualTokens.from_ids(data, tokenizer.layout)
+        tokenizer = self.tokenizer
+        tokens = partial_tokens(self.generator, tokenizer, data)
         generators = rng.image_generators(0, len(data))
         return _as_output(tokenizer.decode(tokens.to(tokenizer.device), generators=generators).float().cpu(), output_type)
 

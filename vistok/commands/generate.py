@@ -51,8 +51,9 @@ class Generate:
     """Let a row also wait until its first token stays the same while the row above grows: less quick, nearer to plain decoding."""
     exits: optional(int, "LAYERS", "default: all layers") = None
     """Run ever fewer layers for later tokens, down to the first and this many of the last (SkipDecode): quicker, other images."""
-    num_steps: optional(int, "N", "default: 40") = None
-    """Solver steps of an xAR's first entity (a cell, a scale, ...): fewer are quicker."""
+    num_steps: optional(int, "N", "default: 40 of an xAR") = None
+    """Of an xAR, solver steps of the first entity (a cell, a scale, ...); of a MaskGIT, passes, 8 by default; of TokenFlow's generator,
+    passes over each scale, 3 by default. Fewer are quicker."""
     final_steps: optional(int, "N", "default: as the first") = None
     """Solver steps of an xAR's last entity, linear in between; later entities need fewer."""
     solver: optional(Literal["euler", "euler_maruyama"], "{euler,euler_maruyama}", "default: euler_maruyama") = None
@@ -179,8 +180,7 @@ def read_prefix(path: Path, pipe, num_entities: int):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from vistok.decoding import step_sizes
-    from vistok.decoding.flow import entity_values, makes_values
+    from vistok.decoding.serving import first_entities
     from vistok.tokens import VisualTokens
 
     try:
@@ -190,14 +190,9 @@ def read_prefix(path: Path, pipe, num_entities: int):
     kind = "values" if pipe.tokenizer.codebook_size is None else "ids"
     if kind not in found:
         raise ValueError(f"{path} holds {', '.join(sorted(found)) or 'nothing'}, but the tokens of this pipeline are {kind}")
-    if not makes_values(pipe.generator):
-        sizes = step_sizes(pipe.generator, pipe.generator.max_tokens)
-        if not 0 <= num_entities < len(sizes):
-            raise ValueError(f"--prefix-entities {num_entities} but an image is made in {len(sizes)} steps, and one must be left")
-        return found[kind][:, : sum(sizes[:num_entities])]
     layout, counts = pipe.generator.layout, found.get("counts")
     make = VisualTokens.from_values if kind == "values" else VisualTokens.from_ids
-    return entity_values(pipe.generator, pipe.tokenizer, make(found[kind], layout, counts), num_entities)
+    return first_entities(pipe.generator, pipe.tokenizer, make(found[kind], layout, counts), num_entities)
 
 
 def as_label(text: str, classes: tuple[str, ...]) -> str | int:

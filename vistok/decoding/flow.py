@@ -7,14 +7,11 @@ B images, N tokens, n slots so far, C channels, K codes.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vistok.decoding.generate import GenerationStats, generate
-from vistok.decoding.sampling import SamplingConfig
-from vistok.generators.xar_sampling import FlowSampling
+from vistok.decoding.generate import GenerationStats
 from vistok.quantizers.lookup import nearest_codes
 from vistok.tokens import VisualTokens
 
@@ -71,35 +68,6 @@ def generate_values(
     return tokens, GenerationStats(B, B * N, passes, time.perf_counter() - began)
 
 
-def plain_draw(generator, tokenizer, sampling, flow: dict, prefix: Tensor | None, total: int) -> Callable:
-    """What draws the tokens of a batch without drafts: a function of its rows and of what all generators take.
-
-    sampling: of a generator of ids. flow: fields of FlowSampling for one of values, None where not given. prefix: of all `total` images.
-    Raises ValueError: one of them is of the other kind of generator, or of another number of images.
-    """
-    flow = {name: value for name, value in flow.items() if value is not None}
-    if prefix is not None and len(prefix) != total:
-        raise ValueError(f"prefix is of {len(prefix)} images, but {total} are asked for")
-    is_of_values = makes_values(generator)
-    if not is_of_values and flow:
-        raise ValueError(f"{next(iter(flow))} is of generators of values (xAR); this one draws ids")
-    if is_of_values and sampling != SamplingConfig():
-        raise ValueError(
-            "temperature, top_k, top_p, min_p and typical_p choose among ids; this generator draws values: "
-            "num_steps, solver, guidance_scale"
-        )
-    values = dict(codes=code_table(tokenizer), sampling=FlowSampling(**flow)) if is_of_values else {}
-
-    def draw(rows: slice, condition, **options):
-        known = None if prefix is None else prefix[rows].to(generator.device)
-        if not is_of_values:
-            return generate(generator, condition, sampling=sampling, prefix=known, **options)
-        tokens, cost = generate_values(generator, condition, prefix=known, **values, **options)
-        return replace(tokens, layout=tokenizer.layout), cost
-
-    return draw
-
-
 def code_table(tokenizer) -> Tensor | None:
     """[K, C] float32 vectors of all codes of a tokenizer of ids; None for a continuous one."""
     if tokenizer.codebook_size is None:
@@ -123,22 +91,6 @@ def check_values(generator, tokenizer) -> None:
             f"the generator makes {generator.code_dim} values a token of {ours} but the tokenizer has {tokenizer.code_dim} of {theirs}: "
             "they were not trained together"
         )
-
-
-def partial_tokens(generator, tokenizer, values: Tensor) -> VisualTokens:
-    """Tokens to decode of the values [B, n, C] of a generator's first entities; where nothing is known yet, the mean of all tokens.
-
-    Raises ValueError: n ends inside an entity.
-    """
-    order, values = generator.order, generator.normalise(values.to(generator.device))
-    if order.is_sequential and tokenizer.min_tokens < tokenizer.max_tokens:  # ordered tokens, of which any beginning is a picture
-        shown = values
-    else:
-        shown = order.partial(values)
-    values, codes = generator.denormalise(shown), code_table(tokenizer)
-    if codes is None:
-        return VisualTokens.from_values(values, tokenizer.layout)
-    return VisualTokens.from_ids(nearest_codes(values, codes.to(values.device)), tokenizer.layout)
 
 
 def entity_values(generator, tokenizer, tokens: VisualTokens, num_entities: int) -> Tensor:

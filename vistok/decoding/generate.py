@@ -85,7 +85,7 @@ def generate(
     guidance_scale: s, or a function of the step; a model with a schedule of its own (VAR) rises to a number that is given. The
     unconditional rows are dropped behind the last step with s other than 1.
     prefix: [B, n] ids of each image's first tokens, kept as they are; the same generators go on from them as an unbroken run would. Read in
-    one pass where a step is a token, and step by step elsewhere.
+    one pass where a step is a token, and step by step elsewhere. Of a generator that fills masks: see `generate_parallel`.
     on_step: called with the step and all ids so far, [B, step + 1] where a step is a token, after each step that is run.
     uniforms: [B, num_tokens or more] on [0, 1), instead of generators: token n is drawn by uniform n (`decoding.sampling.sample`).
     On a CPU the model's linear layers are packed for as long as this takes (`layers.packed`); logits differ by rounding.
@@ -99,9 +99,8 @@ def generate(
         model.step_sizes(model.max_tokens if num_tokens is None else num_tokens)  # a part of an image is refused
         if generators is None:
             raise ValueError("a generator that fills masks draws from generators, not from uniforms")
-        if prefix is not None:
-            raise ValueError("a generator that fills masks has no first tokens: no prefix")
-        return generate_parallel(model, condition, generators=generators, sampling=sampling, guidance_scale=guidance_scale, on_step=on_step)
+        how = dict(sampling=sampling, guidance_scale=guidance_scale, prefix=prefix, on_step=on_step)
+        return generate_parallel(model, condition, generators=generators, **how)
     if (generators is None) == (uniforms is None):
         raise ValueError("give generators or uniforms, one of both")
     B, N = len(uniforms if generators is None else generators), model.max_tokens if num_tokens is None else num_tokens
@@ -123,7 +122,7 @@ def generate(
         raise ValueError(f"uniforms hold {uniforms.shape[1]} draws an image, but {N} tokens are asked for")
     uniforms = uniforms.to(model.device)
     ids = torch.empty(B, N, dtype=torch.int64, device=model.device)
-    known = 0 if prefix is None else _take_prefix(prefix, ids, sizes, model.vocab_size)
+    known = 0 if prefix is None else take_prefix(prefix, ids, sizes, model.vocab_size)
     # a prefix of single tokens is read at once: the first pass is that of the step behind it
     done = first = known if max(sizes) == 1 else 0
     rows = 2 * B if guided_steps > first else B
@@ -150,7 +149,7 @@ def generate(
     return VisualTokens.from_ids(ids, model.layout), stats
 
 
-def _take_prefix(prefix: Tensor, ids: Tensor, sizes: Sequence[int], vocab_size: int) -> int:
+def take_prefix(prefix: Tensor, ids: Tensor, sizes: Sequence[int], vocab_size: int) -> int:
     """Write a prefix [B, n] into ids [B, N]; n. Raises ValueError: it is no prefix of these images."""
     (B, N), ends = ids.shape, list(accumulate(sizes))
     if prefix.ndim != 2 or len(prefix) != B or prefix.is_floating_point():

@@ -4,7 +4,10 @@ Chang et al. 2022, arXiv 2202.04200, section 3.2:
 
     guess_n      = argmax(logits_n + t_s gumbel)                          t_s = noise (1 - r_s), r_s = (s + 1) / S
     confidence_n = log p(guess_n) + t_s gumbel                            infinite where a token is known already
-    mask again the floor(N arccos(r_s) / (pi/2)) least confident          `model.num_masked`; none at the last step
+    mask again the floor(N arccos(r_s) / (pi/2)) least confident          `model.masked_after`; none at the last step
+
+Ours: tokens may be known from the start, and stay. An image with m masked tokens joins at the first step that leaves fewer than m, so what
+a run had after some step is continued as that run would have been.
 
 B images, N tokens, K codes, S steps.
 """
@@ -32,6 +35,7 @@ def generate_parallel(
     noise: float | None = None,
     sampling: SamplingConfig | None = None,
     guidance_scale: float | Callable[[int], float] = 1.0,
+    prefix: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[VisualTokens, GenerationStats]:
     """Tokens of B images from a generator that fills masks (`MaskGIT`), one image a generator; image i depends on its own alone.
@@ -39,8 +43,10 @@ def generate_parallel(
     num_steps: S, at most N. noise: of the guesses, falling to 0; 0 always takes the best. Both default to the model's config.
     sampling: reshapes the law before the noise (temperature, top_k, ...).
     guidance_scale: s of u + s (c - u), 1 is off, or a function of the step; TiTok's own scale is s - 1.
-    on_step: called with the step and the ids so far [B, N], model.mask_id where masked, after each step.
-    Raises ValueError: num_steps is out of range, or the model is in training mode.
+    prefix: [B, n] ids of each image's first tokens, or what on_step was called with; known tokens stay, masked ones are filled.
+    on_step: called with the step and the ids so far [B, N], model.mask_id where masked, after each step that is run.
+    Every generator is advanced by S N (K + 1) uniforms, whatever is known.
+    Raises ValueError: num_steps is out of range, the prefix is none of these images, or the model is in training mode.
     """
     N, K, B = model.max_tokens, model.vocab_size, len(generators)
     S = min(model.settings.num_steps, N) if num_steps is None else num_steps
@@ -51,8 +57,13 @@ def generate_parallel(
         raise ValueError("the generator is in training mode; call .eval() first")
     began = time.perf_counter()
     sampling = sampling or SamplingConfig()
-    ids = torch.full((B, N), model.mask_id, device=model.device)
-    for step in range(S):
+    ids = _start(prefix, torch.full((B, N), model.mask_id, device=model.device), model.mask_id)
+    num_known, passes = int((ids != model.mask_id).sum()), 0
+    for step, left in enumerate(model.masked_after(S)):
+        uniforms = rng.rand((N, K + 1), generators, device=model.device)
+        joins = (ids == model.mask_id).sum(1, keepdim=True) > left  # [B, 1]
+        if num_known and not joins.any():  # only images that began with known tokens can be ahead
+            continue
         scale = float(guidance_scale(step) if callable(guidance_scale) else guidance_scale)
         if scale == 1:
             logits = model(ids, condition).float()
@@ -60,13 +71,30 @@ def generate_parallel(
             conditional, unconditional = model(ids.repeat(2, 1), condition.and_null()).float().chunk(2)
             logits = unconditional + scale * (conditional - unconditional)
         logits = warp(logits, sampling)
-        uniforms = rng.rand((N, K + 1), generators, device=model.device)
         t = noise * (1 - (step + 1) / S)
-        ids = fill_step(logits, ids, uniforms, noise=t, num_masked=model.num_masked(step, S), mask_id=model.mask_id)
+        ids = torch.where(joins, fill_step(logits, ids, uniforms, noise=t, num_masked=left, mask_id=model.mask_id), ids)
+        passes += 1
         if on_step is not None:
             on_step(step, ids)
     ids.sum().item()  # wait for the device, so that seconds means something
-    return VisualTokens.from_ids(ids, model.layout), GenerationStats(B, B * N, S, time.perf_counter() - began)
+    return VisualTokens.from_ids(ids, model.layout), GenerationStats(B, B * N - num_known, passes, time.perf_counter() - began)
+
+
+def _start(prefix: Tensor | None, ids: Tensor, mask_id: int) -> Tensor:
+    """Masked ids [B, N] with what a prefix knows written in. Raises ValueError: it does not fit, or leaves nothing to fill."""
+    if prefix is None:
+        return ids
+    B, N = ids.shape
+    if prefix.ndim != 2 or len(prefix) != B or prefix.shape[1] > N or prefix.is_floating_point():
+        raise ValueError(f"the prefix must hold ids [{B}, n] of at most {N} tokens, got {prefix.dtype} of shape {tuple(prefix.shape)}")
+    n = prefix.shape[1]
+    if n and not 0 <= int(prefix.min()) <= int(prefix.max()) <= mask_id:
+        allowed = f"0 to {mask_id - 1}, and {mask_id} for a masked token"
+        raise ValueError(f"the prefix holds ids from {int(prefix.min())} to {int(prefix.max())}; allowed: {allowed}")
+    ids[:, :n] = prefix
+    if not bool((ids == mask_id).any()):
+        raise ValueError(f"the prefix knows all {N} tokens of every image; there is none to make")
+    return ids
 
 
 def fill_step(logits: Tensor, ids: Tensor, uniforms: Tensor, *, noise: float, num_masked: int, mask_id: int) -> Tensor:

@@ -122,13 +122,21 @@ class MaskGIT(VisualModel):
         """Tokens still masked after a step of S: floor(N arccos((s + 1) / S) / (pi/2))."""
         return math.floor(self.max_tokens * math.acos((step + 1) / num_steps) / (math.pi / 2))
 
+    def masked_after(self, num_steps: int) -> tuple[int, ...]:
+        """Tokens masked after each step of a run from nothing: `num_masked`, and at least one fewer than before the step."""
+        left, counts = self.max_tokens, []
+        for step in range(num_steps):
+            left = max(min(self.num_masked(step, num_steps), left - 1), 0)
+            counts.append(left)
+        return tuple(counts)
+
     def step_sizes(self, num_tokens: int) -> tuple[int, ...]:
         """Tokens that each step of a sampling run settles. Raises ValueError: num_tokens is not N, and there is no shorter image."""
         if num_tokens != self.max_tokens:
             raise ValueError(f"num_tokens={num_tokens} but this generator makes exactly {self.max_tokens} tokens")
         S = min(self.settings.num_steps, num_tokens)
-        left = [num_tokens, *(self.num_masked(step, S) for step in range(S))]
-        return tuple(before - after for before, after in zip(left, left[1:]))
+        left = self.masked_after(S)
+        return tuple(before - after for before, after in zip((num_tokens, *left), left))
 
     def masked_loss(
         self,

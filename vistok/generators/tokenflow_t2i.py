@@ -10,16 +10,20 @@ Qu et al. 2024, arXiv 2412.03069, section 3.3; after VAR (Tian et al. 2024, arXi
     q, k       RMSNorm over each head, then rotary positions that count every slot
     another pass over scale i: its features are replaced by f + codes of scale i, which the first pass drew, and it is drawn again
 
-B images, P prompt tokens, N image tokens, T slots, D width, h heads, d = D / h, K codes, V vocabulary, S scales.
+Published prompts are a language model's tokens. Ours, where there is no language model: [class, words of the caption, start], each word and
+class a row of the table, what is not there padding. Rows of the table: hashed words, padding, classes, start, codes.
+
+B images, P prompt tokens, N image tokens, T slots, D width, h heads, d = D / h, K codes, V vocabulary, L layers, S scales.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.generators.condition import check_classes, class_condition, fnv1a, split_words
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import SwiGLU
 from vistok.modeling import VisualModel
@@ -55,8 +59,26 @@ class TokenFlowT2IConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     """Epsilon of the norms behind branches and at the end; that of queries and keys is 1e-6."""
+    text: str = "none"
+    """How captions become prompts: "hash" (`make_condition`); "none": prompts are another model's tokens (`Prompt`), as published."""
+    caption_tokens: int = 8
+    """Words of a caption that are read, with "hash"."""
+    num_classes: int = 0
+    """Classes a picture can be asked of, with "hash"."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, if they have names."""
 
     def __post_init__(self):
+        for name in ("scales", "group_dims", "classes"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_classes(self.classes, self.num_classes)
+        if self.text not in ("none", "hash") or (self.text == "none" and self.num_classes):
+            raise ValueError(f'text={self.text!r} with num_classes={self.num_classes}; allowed: "hash", or "none" without classes')
+        if self.text == "hash" and (self.pad_token < 1 or self.image_token_start < self.start_token + 1):
+            raise ValueError(
+                f"words take rows 0 to {self.pad_token - 1}, padding, classes and start {self.num_classes + 2} more: codes cannot start "
+                f"at image_token_start={self.image_token_start}"
+            )
         if self.scales[:1] != (1,):
             raise ValueError(f"scales={self.scales} must begin with 1: the prompt's last token predicts the first scale")
         if not 0 <= self.image_token_start <= self.vocab_size - self.codebook_size:
@@ -64,17 +86,41 @@ class TokenFlowT2IConfig:
         if self.width % (2 * self.num_heads):
             raise ValueError(f"width={self.width} must be a multiple of twice num_heads={self.num_heads}")
 
+    @property
+    def start_token(self) -> int:
+        """With "hash": the row of the prompt's last token."""
+        return self.pad_token + 1 + self.num_classes
+
+    @property
+    def prompt_length(self) -> int:
+        """With "hash": P, the same for all prompts."""
+        return bool(self.num_classes) + self.caption_tokens + 1
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids: [B, P] int64 text tokens, padded on the left, the last one starts the image. null: [B, P], the unconditional prompts."""
+    """ids: [B, P] int64 text tokens, padded on the left, the last one starts the image. null: [B, P], the unconditional prompts.
+
+    class_tokens: how many of the first are a class; the rest is the caption.
+    """
 
     ids: Tensor
     null: Tensor
+    class_tokens: int = 0
 
     def and_null(self) -> "Prompt":
         """Twice as many rows: the prompts, then the unconditional ones."""
-        return Prompt(torch.cat([self.ids, self.null]), torch.cat([self.null, self.null]))
+        return replace(self, ids=torch.cat([self.ids, self.null]), null=torch.cat([self.null, self.null]))
+
+    def drop(self, classes: Tensor, captions: Tensor) -> "Prompt":
+        """Without classes and captions where these [B] bool are True; they may be on any device."""
+        classes, captions = (part.to(self.ids.device)[:, None] for part in (classes, captions))
+        is_class = torch.arange(self.ids.shape[1], device=self.ids.device) < self.class_tokens
+        return replace(self, ids=torch.where(torch.where(is_class, classes, captions), self.null, self.ids))
+
+    def __getitem__(self, rows: slice | Tensor) -> "Prompt":
+        """The prompts of some of the images."""
+        return replace(self, ids=self.ids[rows], null=self.null[rows])
 
 
 class ScaleCache(KVCache):
@@ -100,15 +146,17 @@ class _Layer(nn.Module):
         self.mlp = SwiGLU(D, config.hidden)
         self.mlp_norm = nn.RMSNorm(D, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, turns: Tensor, mask: Tensor, cache: Callable | None) -> Tensor:
-        """x: [B, T, D]; turns: [2, T, d] cosines and sines; mask: [B, 1, T, S] bool."""
+    def forward(self, x: Tensor, turns: Tensor, mask: Tensor, cache: Callable | None, keep: Tensor | None) -> Tensor:
+        """x: [B, T, D]; turns: [2, T, d] cosines and sines; mask: [B, 1, T, S] bool; keep: [2, B, 1, D] factors on both branches."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = _turn(self.q_norm(q), turns), _turn(self.k_norm(k), turns)
         if cache is not None:
             k, v = cache(k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.attention_norm(self.proj(out.transpose(1, 2).flatten(2)))
-        return x + self.mlp_norm(self.mlp(x))
+        branch = self.attention_norm(self.proj(out.transpose(1, 2).flatten(2)))
+        x = x + (branch if keep is None else branch * keep[0])
+        branch = self.mlp_norm(self.mlp(x))
+        return x + (branch if keep is None else branch * keep[1])
 
 
 def _turn(x: Tensor, turns: Tensor) -> Tensor:
@@ -140,7 +188,45 @@ class TokenFlowT2I(VisualModel):
         for table in (self.embedding, self.levels, self.head):
             nn.init.normal_(table.weight, std=0.02)
 
+    def read_codes_of(self, tokenizer) -> "TokenFlowT2I":
+        """Take over the codebook of a TokenFlow; returns self. Raises ValueError: its codes are of another shape."""
+        ours = self.quantizer.quantizer.codebook
+        theirs, scales = tokenizer.quantizer.quantizer.codebook.detach(), tokenizer.quantizer.scales
+        if theirs.shape != ours.shape or scales != self.quantizer.scales:
+            shapes = [list(shape) for shape in (theirs.shape, ours.shape)]
+            raise ValueError(
+                f"the tokenizer has codes {shapes[0]} at {scales}, this generator was built for {shapes[1]} at {self.quantizer.scales}"
+            )
+        ours.data.copy_(theirs)
+        return self
+
     # -- inputs ------------------------------------------------------------------------------------------------------------------------
+
+    def make_condition(
+        self,
+        batch_size: int,
+        *,
+        labels: Tensor | Sequence[int] | None = None,
+        captions: Sequence[str] | None = None,
+        features: tuple[Tensor, Tensor] | None = None,
+    ) -> Prompt:
+        """Prompts of B images on the model's device, for text="hash"; labels [B], -1 for none, captions "" for none.
+
+        Raises ValueError: a label is no class, or the model reads another model's tokens.
+        """
+        config = self.settings
+        if config.text == "none" or features is not None:
+            raise ValueError("this generator reads the tokens of a language model: make a Prompt of them")
+        labels = class_condition(batch_size, config.num_classes, torch.device("cpu"), labels=labels).labels
+        null = torch.full((batch_size, config.prompt_length), config.pad_token)
+        null[:, -1] = config.start_token
+        ids = null.clone()
+        if config.num_classes:
+            ids[:, 0] = config.pad_token + torch.where(labels < 0, 0, 1 + labels)
+        for row, caption in zip(ids, captions or ()):
+            words = [fnv1a(word) % config.pad_token for word in split_words(caption)[: config.caption_tokens]]
+            row[len(row) - 1 - len(words) : -1] = torch.tensor(words, dtype=torch.int64)
+        return Prompt(ids.to(self.device), null.to(self.device), class_tokens=int(config.num_classes > 0))
 
     def prompt_inputs(self, ids: Tensor) -> Tensor:
         """[B, P, D] of prompts [B, P]; the last token is the first image slot."""
@@ -158,7 +244,7 @@ class TokenFlowT2I(VisualModel):
         return inputs
 
     def sequence(self, prompt: Tensor, codes: Tensor, after: Tensor) -> Tensor:
-        """Inputs [B, P + N + A, D] for teacher forcing: prompts [B, P], all codes [B, N], text ids behind the image [B, A].
+        """Inputs [B, P + N + A, D] for teacher forcing: prompts [B, P], codes [B, N] or all but the last scale's, text behind [B, A].
 
         One slot fewer than codes is needed, because a slot predicts the next one; the last of the N is empty.
         """
@@ -179,8 +265,11 @@ class TokenFlowT2I(VisualModel):
 
     # -- the network -------------------------------------------------------------------------------------------------------------------
 
-    def run(self, x: Tensor, mask: Tensor, *, cache: ScaleCache | None = None) -> Tensor:
-        """Logits [B, T, V] of inputs [B, T, D] behind what the cache holds; mask [B, 1, T, S] bool (a slot always sees itself)."""
+    def run(self, x: Tensor, mask: Tensor, *, cache: ScaleCache | None = None, keep: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of inputs [B, T, D] behind what the cache holds; mask [B, 1, T, S] bool (a slot always sees itself).
+
+        keep: [L, 2, B, 1, D] factors on the branches, for dropout drawn outside; None for none.
+        """
         start, T = (0 if cache is None else cache.length), x.shape[1]
         mask = mask | F.pad(torch.eye(T, dtype=torch.bool, device=x.device), (start, 0))
         d = self.settings.width // self.settings.num_heads
@@ -188,7 +277,7 @@ class TokenFlowT2I(VisualModel):
         angles = torch.arange(start, start + T, device=x.device)[:, None] * frequencies
         turns = torch.stack([angles.cos(), angles.sin()]).repeat(1, 1, 2)
         for i, layer in enumerate(self.layers):
-            x = layer(x, turns, mask, None if cache is None else cache.layer(i))
+            x = layer(x, turns, mask, None if cache is None else cache.layer(i), None if keep is None else keep[i])
         if cache is not None:
             cache.advance(T)
         return self.head(self.norm(x))
@@ -200,9 +289,10 @@ class TokenFlowT2I(VisualModel):
 
     # -- generation --------------------------------------------------------------------------------------------------------------------
 
-    def new_cache(self, batch_size: int, max_tokens: int | None = None, *, prompt_length: int = 128) -> ScaleCache:
-        """An empty cache for a prompt and `max_tokens` image tokens (all by default) of `batch_size` rows."""
+    def new_cache(self, batch_size: int, max_tokens: int | None = None, *, prompt_length: int | None = None) -> ScaleCache:
+        """An empty cache for a prompt (128 tokens where nothing says how many) and `max_tokens` image tokens, all by default."""
         config = self.settings
+        prompt_length = prompt_length or (128 if config.text == "none" else config.prompt_length)
         return ScaleCache(
             num_layers=config.depth, batch_size=batch_size, num_heads=config.num_heads,
             max_length=prompt_length + (max_tokens or self.max_tokens) - 1, head_width=config.width // config.num_heads, device=self.device,
@@ -218,17 +308,22 @@ class TokenFlowT2I(VisualModel):
         last = max(len(self.quantizer.sizes) - 1, 1)
         return lambda step: 1 + (scale - 1) * step / last
 
-    def forward(self, ids: Tensor, condition: Prompt | None = None, *, cache: ScaleCache | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, condition: Prompt | None = None, *, cache: ScaleCache | None = None, keep: Tensor | None = None
+    ) -> Tensor:
         """Logits of codes.
 
-        Without a cache: teacher forcing, ids are all codes [B, N]; returns [B, N, K], row n predicts code n.
+        Without a cache: teacher forcing, ids are all codes [B, N], of which those of the last scale are not read and may be missing;
+        returns [B, N, K], row n predicts code n. keep: see `run`.
         With an empty cache: ids [B, 0]; returns [B, 1, K], the first scale. With a filled one: the codes [B, n] of the scale before;
         returns [B, s^2, K], the next scale.
         """
         if cache is None:
-            P = condition.ids.shape[1]
-            x = self.sequence(condition.ids, ids, ids.new_zeros(len(ids), 0))
-            return self.code_logits(self.run(x, self.mask(condition.ids, 0))[:, P - 1 : P - 1 + self.max_tokens])
+            P, known = condition.ids.shape[1], self.max_tokens - self.quantizer.sizes[-1]
+            if not known <= ids.shape[1] <= self.max_tokens:
+                raise ValueError(f"{ids.shape[1]} codes an image, but this generator learns from {known} to {self.max_tokens}")
+            x = self.sequence(condition.ids, ids[:, :known], ids.new_zeros(len(ids), 0))
+            return self.code_logits(self.run(x, self.mask(condition.ids, 0), keep=keep)[:, P - 1 : P - 1 + self.max_tokens])
         if not cache.length:
             prompt = condition.ids
             cache.visible, cache.codes = prompt != self.settings.pad_token, ids

@@ -13,7 +13,7 @@ from vistok.convert.flextok import from_official, official_state, to_official
 from vistok.flow import AdaptiveProjectedGuidance, classifier_free, interpolate, sample_times
 from vistok.layers.positions import time_features
 from vistok.quantizers import FSQ, FSQConfig
-from vistok.tokenizers.flextok import TIME_MAX_PERIOD
+from vistok.tokenizers.flextok_nets import TIME_MAX_PERIOD
 from vistok.tokens import VisualTokens
 
 FAMILY = "flextok"

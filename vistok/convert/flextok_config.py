@@ -8,7 +8,7 @@ there, whatever the keys are called. A class, an argument or a wiring that is no
 import logging
 from dataclasses import dataclass, field
 
-from vistok.tokenizers.flextok import FlexTokConfig
+from vistok.tokenizers.flextok_nets import FlexTokConfig
 
 log = logging.getLogger("vistok")
 

@@ -1,4 +1,4 @@
-"""What every quantizer returns."""
+"""What every quantizer returns, and how it refuses ids that are not its own."""
 
 from dataclasses import dataclass, field
 
@@ -16,3 +16,9 @@ class QuantizerOutput:
     ids: Tensor
     loss: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_range(ids: Tensor, codebook_size: int) -> None:
+    """Raise ValueError: one of ids [...] is outside [0, codebook_size)."""
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= codebook_size):
+        raise ValueError(f"ids must be in [0, {codebook_size}), got {int(ids.min())} to {int(ids.max())}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vistok.quantizers.base import QuantizerOutput
+from vistok.quantizers.base import QuantizerOutput, check_range
 
 EPS = 1e-3
 
@@ -69,8 +69,7 @@ class FSQ(nn.Module):
 
         Raises ValueError: an id is outside [0, K).
         """
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
-            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        check_range(ids, self.codebook_size)
         levels = torch.tensor(self.levels, device=ids.device)
         digits = torch.div(ids[..., None], self._basis(ids.device), rounding_mode="floor") % levels
         return (digits - levels // 2).float() / (levels // 2)

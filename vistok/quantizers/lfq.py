@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.quantizers.base import QuantizerOutput
+from vistok.quantizers.base import QuantizerOutput, check_range
 from vistok.quantizers.entropy import assignment_entropies
 
 
@@ -80,8 +80,7 @@ class LFQ(nn.Module):
 
         Raises ValueError: an id is outside [0, K).
         """
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
-            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        check_range(ids, self.codebook_size)
         return signs(ids, self.code_dim) * self.scale
 
     def place(self, z: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.quantizers.base import QuantizerOutput
+from vistok.quantizers.base import QuantizerOutput, check_range
 from vistok.quantizers.entropy import assignment_entropies
 from vistok.quantizers.groups import METRICS, CodeGroup, normalize_groups, weigh_groups
 from vistok.quantizers.lookup import nearest_codes
@@ -187,8 +187,8 @@ class VQ(nn.Module):
 
         Raises ValueError (on a CPU; on an accelerator the lookup itself fails): an id is outside [0, K).
         """
-        if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
-            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        if ids.device.type == "cpu":
+            check_range(ids, self.codebook_size)
         return self._mapped(F.embedding(ids, self.codebook))
 
     def vectors(self) -> Tensor:

@@ -18,7 +18,7 @@ from vistok.modeling import VisualModel
 from vistok.protocols import TokenizerOutput
 from vistok.quantizers import FSQ, FSQConfig
 from vistok.registry import register
-from vistok.tokenizers.base import check_ids, check_images
+from vistok.tokenizers.base import check_images, grid_ids, grid_tokens
 from vistok.tokens import TokenLayout, VisualTokens
 
 
@@ -91,11 +91,7 @@ class FSQ2D(VisualModel):
 
         Raises ValueError: num_tokens is not the grid's size (a grid has no shorter form).
         """
-        ids = self.quantize(images)[1]
-        h, w = ids.shape[1:]
-        if num_tokens not in (None, h * w):
-            raise ValueError(f"num_tokens={num_tokens} but this tokenizer makes exactly {h * w} tokens of such an image")
-        return VisualTokens.from_ids(ids.flatten(1), TokenLayout("grid", (h, w)))
+        return grid_tokens(self.quantize(images)[1], num_tokens)
 
     @torch.no_grad()
     def decode(self, tokens: VisualTokens, *, generators: Sequence[torch.Generator] | None = None) -> Tensor:
@@ -103,11 +99,7 @@ class FSQ2D(VisualModel):
 
         Raises ValueError: an id outside the codebook, or rows shorter than the grid.
         """
-        h, w = tokens.layout.shape
-        if bool((tokens.counts != h * w).any()):
-            raise ValueError(f"this tokenizer decodes exactly {h * w} tokens, got {tokens.counts.tolist()}")
-        codes = self.embed(check_ids(tokens, self.codebook_size, "fsq2d"))
-        return self.decode_codes(codes.unflatten(1, (h, w))).clamp(-1, 1)
+        return self.decode_codes(self.embed(grid_ids(tokens, self.codebook_size, "fsq2d"))).clamp(-1, 1)
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Images [B, 3, H, W], unclamped, of codes [B, h, w, d]."""
@@ -123,8 +115,7 @@ class FSQ2D(VisualModel):
         reconstruction = self.decode_codes(codes)
         difference = reconstruction - images
         losses = {"l1": difference.abs().mean(), "mse": difference.square().mean()}
-        tokens = VisualTokens.from_ids(ids.flatten(1), TokenLayout("grid", tuple(ids.shape[1:])))
-        return TokenizerOutput(reconstruction, tokens, losses)
+        return TokenizerOutput(reconstruction, grid_tokens(ids, None), losses)
 
 
 @register

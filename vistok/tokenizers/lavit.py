@@ -26,6 +26,7 @@ from vistok.layers.vit import VisionTransformer
 from vistok.modeling import VisualModel
 from vistok.protocols import TokenizerOutput
 from vistok.quantizers import VQ, VQConfig
+from vistok.quantizers.base import check_range
 from vistok.registry import register
 from vistok.rng import rand
 from vistok.tokenizers.base import check_ids, check_images, check_num_tokens
@@ -264,8 +265,7 @@ class LaVIT(VisualModel):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Code vectors [..., d] of ids [...]. Raises ValueError: an id outside [0, K)."""
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
-            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        check_range(ids, self.codebook_size)
         return self.quantizer.decode(ids)
 
     def decode_features(self, tokens: VisualTokens) -> Tensor:

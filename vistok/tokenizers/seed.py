@@ -29,6 +29,7 @@ from vistok.layers.vit import VisionTransformer
 from vistok.modeling import VisualModel
 from vistok.protocols import TokenizerOutput
 from vistok.quantizers import VQ, QuantizerOutput, VQConfig
+from vistok.quantizers.base import check_range
 from vistok.registry import register
 from vistok.tokenizers.base import check_ids, check_images, check_num_tokens
 from vistok.tokenizers.seed_pixels import EmbeddingDecoder, EmbeddingDecoderConfig, unclip_images
@@ -257,8 +258,7 @@ class SEED(VisualModel):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Codes [..., d] of ids [...]. Raises ValueError: an id is outside [0, K)."""
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
-            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        check_range(ids, self.codebook_size)
         return self.quantizer.decode(ids)
 
     # -- tokens to meaning and to images ----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from vistok.layers.pyramid import PyramidDecoder, PyramidEncoder
 from vistok.modeling import VisualModel
 from vistok.protocols import TokenizerOutput
 from vistok.quantizers import VQ, CodeGroup, VQConfig
+from vistok.quantizers.base import check_range
 from vistok.quantizers.multiscale import MultiScaleOutput, MultiScaleResidual
 from vistok.registry import register
 from vistok.tokenizers.base import check_ids, check_images
@@ -259,8 +260,7 @@ class TokenFlow(VisualModel):
 
         Raises ValueError: an id is outside [0, K).
         """
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
-            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        check_range(ids, self.codebook_size)
         return self.quantizer.quantizer.decode(ids)
 
     @torch.no_grad()

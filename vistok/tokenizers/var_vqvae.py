@@ -22,10 +22,11 @@ from vistok.layers.pyramid import PyramidDecoder, PyramidEncoder
 from vistok.modeling import VisualModel
 from vistok.protocols import TokenizerOutput
 from vistok.quantizers import VQ, VQConfig
+from vistok.quantizers.base import check_range
 from vistok.quantizers.multiscale import MultiScaleResidual
 from vistok.quantizers.phi import PhiConvs
 from vistok.registry import register
-from vistok.tokenizers.base import check_ids, check_images
+from vistok.tokenizers.base import check_ids, check_images, check_pyramid, pyramid_shape
 from vistok.tokens import TokenLayout, VisualTokens
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -98,12 +99,7 @@ class VARVQVAEConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        if not self.multipliers or any(self.width * factor % self.norm_groups for factor in (1, *self.multipliers)):
-            raise ValueError(f"width={self.width} times each of multipliers={self.multipliers} must be a multiple of {self.norm_groups}")
-        if self.pixel_patch < 1:
-            raise ValueError(f"pixel_patch={self.pixel_patch} must be at least 1")
-        if not 1 <= self.blocks <= 100:
-            raise ValueError(f"blocks={self.blocks} but 1 to 100 are allowed")
+        check_pyramid(self)
 
     @property
     def reduction(self) -> int:
@@ -125,14 +121,7 @@ class VARVQVAE(VisualModel):
     def __init__(self, config: VARVQVAEConfig):
         super().__init__(config)
         d = config.codes.code_dim
-        shape = dict(
-            width=config.width,
-            multipliers=config.multipliers,
-            blocks=config.blocks,
-            attention=(len(config.multipliers) - 1,),
-            norm_groups=config.norm_groups,
-            patch=config.pixel_patch,
-        )
+        shape = pyramid_shape(config)
         self.encoder = PyramidEncoder(d, **shape)
         self.to_code = nn.Conv2d(d, d, 3, padding=1)
         self.quantizer = config.codes.build(
@@ -182,8 +171,7 @@ class VARVQVAE(VisualModel):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Codes [..., d] of ids [...]. Raises ValueError: an id is outside [0, K)."""
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
-            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        check_range(ids, self.codebook_size)
         return self.quantizer.quantizer.decode(ids)
 
     def forward(self, images: Tensor) -> TokenizerOutput:

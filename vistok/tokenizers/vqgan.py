@@ -24,8 +24,9 @@ from vistok.layers.pyramid import PyramidDecoder, PyramidEncoder
 from vistok.modeling import VisualModel
 from vistok.protocols import TokenizerOutput
 from vistok.quantizers import VQ, QuantizerOutput, VQConfig
+from vistok.quantizers.base import check_range
 from vistok.registry import register
-from vistok.tokenizers.base import check_ids, check_images
+from vistok.tokenizers.base import check_images, check_pyramid, grid_ids, grid_tokens, pyramid_shape
 from vistok.tokens import TokenLayout, VisualTokens
 
 
@@ -65,12 +66,7 @@ class VQGANConfig:
     def __post_init__(self):
         for name in ("image_size", "multipliers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.multipliers or any(self.width * factor % self.norm_groups for factor in (1, *self.multipliers)):
-            raise ValueError(f"width={self.width} times each of multipliers={self.multipliers} must be a multiple of {self.norm_groups}")
-        if self.pixel_patch < 1:
-            raise ValueError(f"pixel_patch={self.pixel_patch} must be at least 1")
-        if not 1 <= self.blocks <= 100:
-            raise ValueError(f"blocks={self.blocks} but 1 to 100 are allowed")
+        check_pyramid(self)
         if any(side % self.reduction for side in self.image_size):
             raise ValueError(f"image_size={self.image_size} must be a multiple of {self.reduction}")
 
@@ -88,14 +84,7 @@ class VQGAN(VisualModel):
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
-        shape = dict(
-            width=config.width,
-            multipliers=config.multipliers,
-            blocks=config.blocks,
-            attention=(len(config.multipliers) - 1,),
-            norm_groups=config.norm_groups,
-            patch=config.pixel_patch,
-        )
+        shape = pyramid_shape(config)
         self.encoder = PyramidEncoder(config.latent_channels, **shape)
         self.to_code = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.quantizer = VQ(
@@ -136,11 +125,7 @@ class VQGAN(VisualModel):
 
         Raises ValueError: num_tokens is not the grid's size (a grid has no shorter form).
         """
-        ids = self.quantizer.nearest(self.vectors(images))
-        h, w = ids.shape[1:]
-        if num_tokens not in (None, h * w):
-            raise ValueError(f"num_tokens={num_tokens} but this tokenizer makes exactly {h * w} tokens of such an image")
-        return VisualTokens.from_ids(ids.flatten(1), TokenLayout("grid", (h, w)))
+        return grid_tokens(self.quantizer.nearest(self.vectors(images)), num_tokens)
 
     @torch.no_grad()
     def decode(self, tokens: VisualTokens, *, generators: Sequence[torch.Generator] | None = None) -> Tensor:
@@ -148,16 +133,11 @@ class VQGAN(VisualModel):
 
         Raises ValueError: an id outside the codebook, or rows shorter than the grid.
         """
-        h, w = tokens.layout.shape
-        if bool((tokens.counts != h * w).any()):
-            raise ValueError(f"this tokenizer decodes exactly {h * w} tokens, got {tokens.counts.tolist()}")
-        codes = self.embed(check_ids(tokens, self.codebook_size, "vqgan"))
-        return self.decode_codes(codes.unflatten(1, (h, w))).clamp(-1, 1)
+        return self.decode_codes(self.embed(grid_ids(tokens, self.codebook_size, "vqgan"))).clamp(-1, 1)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Unit codes [..., d] of ids [...]. Raises ValueError: an id is outside [0, K)."""
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.codebook_size):
-            raise ValueError(f"ids must be in [0, {self.codebook_size}), got {int(ids.min())} to {int(ids.max())}")
+        check_range(ids, self.codebook_size)
         return self.quantizer.decode(ids)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
@@ -165,8 +145,7 @@ class VQGAN(VisualModel):
         out = self.quantize(images)
         reconstruction = self.decode_codes(out.codes)
         losses = {"mse": (reconstruction.float() - images).square().mean(), **out.terms}
-        tokens = VisualTokens.from_ids(out.ids.flatten(1), TokenLayout("grid", tuple(out.ids.shape[1:])))
-        return TokenizerOutput(reconstruction, tokens, losses)
+        return TokenizerOutput(reconstruction, grid_tokens(out.ids, None), losses)
 
 
 @register

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vistok.pruning.plan import ReductionPlan, gather_rows
+from vistok.pruning.plan import ReductionPlan
 
 Schedule = int | Sequence[int] | tuple[int, float]
 
@@ -74,17 +74,18 @@ def tome(metric: Tensor, r: int, *, num_prefix: int = 1, sort_unmerged: bool = T
         return ReductionPlan.identity(B, N, metric.device)
     with torch.no_grad():
         metric = F.normalize(metric.float(), dim=-1)
-        prefix_a, prefix_b = (num_prefix + 1) // 2, num_prefix // 2
-        similarity = metric[:, ::2][:, prefix_a:] @ metric[:, 1::2][:, prefix_b:].transpose(1, 2)
+        first_a, first_b = (num_prefix + 1) // 2 * 2, num_prefix // 2 * 2 + 1  # the first patches at even and at odd positions
+        similarity = torch.bmm(metric[:, first_a::2], metric[:, first_b::2].transpose(1, 2))
         order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)  # [B, patches in A]
+        chosen = order[:, :r, None].expand(-1, -1, similarity.shape[2])
+        slot = similarity.gather(1, chosen).argmax(dim=-1).add_(num_prefix + order.shape[1] - r)
+        order = order.mul_(2).add_(first_a)  # as positions
         merged, unmerged = order[:, :r], order[:, r:]
         if sort_unmerged:
             unmerged = unmerged.sort(dim=-1).values
-        slot = gather_rows(similarity, merged).argmax(dim=-1) + num_prefix + unmerged.shape[1]
-        prefix = torch.arange(num_prefix, device=metric.device).expand(B, -1)
-        odd = torch.arange(1 + 2 * prefix_b, N, 2, device=metric.device).expand(B, -1)
-        keep = torch.cat([prefix, 2 * (unmerged + prefix_a), odd], dim=1)
-    return ReductionPlan(N, keep, 2 * (merged + prefix_a), slot)
+        position = torch.arange(N, device=metric.device).expand(B, -1)
+        keep = torch.cat([position[:, :num_prefix], unmerged, position[:, first_b::2]], dim=1)
+    return ReductionPlan(N, keep, merged, slot)
 
 
 def kth_tome(metric: Tensor, every: int) -> ReductionPlan:

@@ -17,6 +17,7 @@ TOKENIZER_OF = {
     "var-tiny": "var-vqvae-tiny",
     "maskgit-tiny": "titok-tiny",
     "rar-tiny": "titok-tiny",
+    "tokenflow-t2i-tiny": "tokenflow-tiny",
     "xar-tiny": "vae-tiny",
     "xar-mixed-tiny": "vae-tiny",
 }

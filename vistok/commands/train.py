@@ -24,8 +24,8 @@ TokenizerRecipe = Literal[
 GeneratorRecipe = Literal[
     "gpt-tiny", "gpt-emoji", "gpt-emoji-16", "gpt-mixed-tiny", "gpt-mixed-emoji", "gpt-exposure-tiny", "gpt-exposure-emoji",
     "gpt-pattention-tiny", "gpt-pattention-emoji",
-    "var-tiny", "var-imagenet256", "gpt-imagenet256",
-    "maskgit-tiny", "maskgit-imagenet256", "rar-tiny", "rar-imagenet256",
+    "var-tiny", "var-emoji", "var-imagenet256", "gpt-imagenet256", "tokenflow-t2i-tiny", "tokenflow-t2i-emoji",
+    "maskgit-tiny", "maskgit-emoji", "maskgit-imagenet256", "rar-tiny", "rar-emoji", "rar-imagenet256",
     "xar-tiny", "xar-mixed-tiny", "xar-emoji", "xar-emoji-16", "xar-imagenet256",
 ]
 

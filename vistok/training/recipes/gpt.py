@@ -1,14 +1,11 @@
 """Recipes of the GPT: plain next-token training, LlamaGen's scale, mixed objectives, own contexts, layers that grow."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from vistok.training.config import TrainConfig
 from vistok.training.recipes.registry import Recipe, Sources, recipe
-from vistok.training.recipes.shared import imagenet_config, tiny_config
+from vistok.training.recipes.shared import emoji_generator_config, imagenet_config, tiny_config
 from vistok.training.task import TrainingTask
 
 GPT_TAKES = frozenset({"start", "grow"})
@@ -25,13 +22,13 @@ def gpt_tiny() -> Recipe:
 @recipe
 def gpt_emoji() -> Recipe:
     """Class and caption conditioned GPT, 4 layers of 160, 1.8 M parameters; about 4 minutes on two CPU cores for 64 tokens an image."""
-    return Recipe("generator", _emoji(), _gpt(GPT_EMOJI, token_dropout=0.05), takes=GPT_TAKES)
+    return Recipe("generator", emoji_generator_config(), _gpt(GPT_EMOJI, token_dropout=0.05), takes=GPT_TAKES)
 
 
 @recipe
 def gpt_emoji_16() -> Recipe:
     """gpt-emoji over the first 16 tokens of each image: what the bundled emoji-gpt is."""
-    config = _emoji(max_steps=2000, batch_size=32)
+    config = emoji_generator_config(max_steps=2000, batch_size=32)
     return Recipe("generator", config, _gpt(GPT_EMOJI, token_dropout=0.05), num_tokens=16, takes=GPT_TAKES)
 
 
@@ -45,7 +42,7 @@ def gpt_mixed_tiny() -> Recipe:
 def gpt_mixed_emoji() -> Recipe:
     """gpt-emoji with random and next-all prediction beside the next token; about 12 minutes on two CPU cores for 64 tokens an image."""
     build = _gpt({**GPT_EMOJI, "has_query": True}, _mixed(random=0.5, next_all=0.5))
-    return Recipe("generator", _emoji(), build, takes=GPT_TAKES)
+    return Recipe("generator", emoji_generator_config(), build, takes=GPT_TAKES)
 
 
 @recipe
@@ -59,7 +56,7 @@ def gpt_exposure_tiny() -> Recipe:
 def gpt_exposure_emoji() -> Recipe:
     """gpt-emoji whose last 400 of 1,400 steps mix in its own tokens, up to 30 %; about twice the time of gpt-emoji."""
     build = _gpt(GPT_EMOJI, _exposed(start_step=1000, full_step=1300, token_dropout=0.05))
-    return Recipe("generator", _emoji(), build, takes=GPT_TAKES)
+    return Recipe("generator", emoji_generator_config(), build, takes=GPT_TAKES)
 
 
 @recipe
@@ -73,7 +70,7 @@ def gpt_pattention_tiny() -> Recipe:
 def gpt_pattention_emoji() -> Recipe:
     """gpt-emoji of parameter tokens, 96 a layer and 384 a feed-forward layer; start small, then `--start RUN --grow 64`."""
     shape = {**GPT_EMOJI, "mixing": "pattention", "parameter_tokens": 96, "mlp_parameter_tokens": 384}
-    return Recipe("generator", _emoji(), _gpt(shape, token_dropout=0.05), takes=GPT_TAKES)
+    return Recipe("generator", emoji_generator_config(), _gpt(shape, token_dropout=0.05), takes=GPT_TAKES)
 
 
 @recipe
@@ -84,14 +81,6 @@ def gpt_imagenet256() -> Recipe:
     )
     shape = dict(width=768, depth=12, num_heads=12, condition_attention="uniform")
     return Recipe("generator", config, _gpt(shape, condition_dropout=0.1, dropout=0.1))
-
-
-def _emoji(**changes) -> TrainConfig:
-    base = TrainConfig(
-        out=Path(), data="emoji", max_steps=1400, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.95), weight_decay=0.05,
-        warmup_steps=50, ema_decay=0.99, save_every=200, preview_every=400,
-    )  # fmt: skip
-    return replace(base, **changes)
 
 
 def _gpt(shape: dict, make_task: Callable[..., TrainingTask] | None = None, **task):

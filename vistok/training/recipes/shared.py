@@ -38,6 +38,15 @@ def emoji_config(**changes) -> TrainConfig:
     return replace(base, **changes)
 
 
+def emoji_generator_config(**changes) -> TrainConfig:
+    """A generator of ids over the tokens of the bundled emoji, in minutes on a CPU."""
+    base = TrainConfig(
+        out=Path(), data="emoji", max_steps=1400, batch_size=16, learning_rate=2e-3, betas=(0.9, 0.95), weight_decay=0.05,
+        warmup_steps=50, ema_decay=0.99, save_every=200, preview_every=400,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
 def imagenet_config(**changes) -> TrainConfig:
     """A folder of photos at 256 px, on GPUs."""
     base = TrainConfig(

@@ -1,9 +1,16 @@
-"""Recipes of TokenFlow."""
+"""Recipes of TokenFlow: the tokenizer, and the generator of its scales."""
 
 from dataclasses import replace
 
 from vistok.training.recipes.registry import Recipe, Sources, recipe
-from vistok.training.recipes.shared import LIVE_CODEBOOK, emoji_config, fitted_codebook_size, imagenet_config, tiny_config
+from vistok.training.recipes.shared import (
+    LIVE_CODEBOOK,
+    emoji_config,
+    emoji_generator_config,
+    fitted_codebook_size,
+    imagenet_config,
+    tiny_config,
+)
 from vistok.training.task import TrainingTask
 
 
@@ -38,6 +45,46 @@ def tokenflow_imagenet256() -> Recipe:
         gan_start=20_000,
     )
     return Recipe("tokenizer", config, _tokenflow("tokenflow-b", dict(decoder_width=128, decoder_blocks=2), **task))
+
+
+@recipe
+def tokenflow_t2i_tiny() -> Recipe:
+    """A two-layer generator of a trained TokenFlow's scales, from classes and captions; seconds on two CPU cores."""
+    shape = dict(width=64, depth=2, num_heads=2, hidden=128, caption_tokens=4)
+    return Recipe("generator", tiny_config(image_size=32, max_steps=60), _t2i(shape, num_words=256))
+
+
+@recipe
+def tokenflow_t2i_emoji() -> Recipe:
+    """Classes and captions to the scales of vistok/emoji-tokenflow, 4 layers of 160; about 4 minutes on one CPU core."""
+    shape = dict(width=160, depth=4, num_heads=5, hidden=448, caption_tokens=7)
+    return Recipe("generator", emoji_generator_config(), _t2i(shape, num_words=1024, token_dropout=0.05))
+
+
+def _t2i(shape: dict, *, num_words: int, **task):
+    """num_words: rows of the table that words of captions are hashed into."""
+
+    def build(sources: Sources) -> TrainingTask:
+        from vistok.generators import TokenFlowT2I, TokenFlowT2IConfig
+        from vistok.tokenizers import TokenFlow
+        from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig
+
+        tokens, parts = sources.tokens, sources.generator_task_parts()
+        tokenizer = parts["tokenizer"]
+        if not isinstance(tokenizer, TokenFlow):
+            raise ValueError(f"this generator needs the tokens of a TokenFlow; {sources.tokenizer} is a {type(tokenizer).__name__}")
+        if tokens.plan.num_tokens != tokenizer.max_tokens:
+            raise ValueError(f"the token folder holds {tokens.plan.num_tokens} tokens an image; all {tokenizer.max_tokens} are needed")
+        settings, classes = tokenizer.settings, tuple(tokens.classes)
+        rows = num_words + 2 + len(classes)  # words, padding, classes, start
+        config = TokenFlowT2IConfig(
+            vocab_size=rows + settings.codebook_size, image_token_start=rows, pad_token=num_words, scales=settings.scales,
+            codebook_size=settings.codebook_size, group_dims=(settings.semantic_dim, settings.pixel_dim), text="hash",
+            num_classes=len(classes), classes=classes, **shape,
+        )  # fmt: skip
+        return GeneratorTask(TokenFlowT2I(config).read_codes_of(tokenizer), GeneratorTaskConfig(**task), **parts)
+
+    return build
 
 
 def _tokenflow(preset: str, shape: dict, **task):

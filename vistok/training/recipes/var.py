@@ -1,7 +1,14 @@
 """Recipes of VAR: its multi-scale tokenizer and its next-scale generator."""
 
 from vistok.training.recipes.registry import Recipe, Sources, recipe
-from vistok.training.recipes.shared import LIVE_CODEBOOK, emoji_config, fitted_codebook_size, imagenet_config, tiny_config
+from vistok.training.recipes.shared import (
+    LIVE_CODEBOOK,
+    emoji_config,
+    emoji_generator_config,
+    fitted_codebook_size,
+    imagenet_config,
+    tiny_config,
+)
 from vistok.training.task import TrainingTask
 
 
@@ -30,6 +37,12 @@ def var_vqvae_imagenet256() -> Recipe:
 def var_tiny() -> Recipe:
     """A two-layer VAR over the tokens of a trained multi-scale tokenizer; half a minute on two CPU cores."""
     return Recipe("generator", tiny_config(image_size=32, max_steps=60), _var(dict(width=64, depth=2, num_heads=4)))
+
+
+@recipe
+def var_emoji() -> Recipe:
+    """Class-conditioned VAR, 4 layers of 160, over the scales of a var-vqvae-emoji; minutes on one CPU core."""
+    return Recipe("generator", emoji_generator_config(), _var(dict(width=160, depth=4, num_heads=5)))
 
 
 @recipe

@@ -15,6 +15,7 @@ distillation, registers) in front, which are never reduced.
 
 import time
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class _View:
             return self.input.detach()
         if name not in ("key", "query"):
             raise ValueError(f"metric={name!r} but it is one of key, query, input")
-        return getattr(self, name).detach().mean(dim=1)
+        return _mean_of_heads(getattr(self, name).detach())
 
     def keys(self) -> Tensor:
         return self.key.detach()
@@ -322,6 +323,17 @@ def prune_vit(model: nn.Module, method: "str | Strategy", *, restore: bool = Fal
     ones 0, so that whatever reads its grid goes on working. timed: measure the share of planning and folding (processor time).
     """
     return PrunedViT(model, create_strategy(method, **options), restore=restore, timed=timed)
+
+
+def _mean_of_heads(x: Tensor) -> Tensor:
+    """x: [B, H, N, d]. Returns [B, N, d]. In float32 halves of the heads are added: on a CPU quicker than a reduction over far strides."""
+    if x.dtype != torch.float32:
+        return x.mean(dim=1)
+    number = x.shape[1]
+    while x.shape[1] % 2 == 0:
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return reduce(torch.add, x.unbind(1)) / number
 
 
 def _rope_rows(rope: Tensor, position: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from vistok import rng
 from vistok.data.shards import TokenFolder
 from vistok.decoding.drafter_loss import drafter_loss
 from vistok.decoding.heads import ChimeraHeads, EagleHead, MedusaHeads
@@ -29,7 +27,9 @@ from vistok.decoding.heads.chimera import in_threes
 from vistok.decoding.heads.parts import output_weight
 from vistok.training.config import TrainConfig
 from vistok.training.task import TrainingTask
-from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, TokenLoader, read_batch
+
+from vistok import rng
+from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, TokenLoader, read_batch, spread_rows
 
 LOGGED = 4  # images of a batch whose acceptance is logged: laws over K codes cost as much as the loss
 
@@ -159,7 +159,7 @@ class DrafterTask(TrainingTask):
         if self.held_out is None:
             return {}
         count = min(len(self.held_out), self.config.held_out_images)
-        batch = read_batch(self.held_out, torch.linspace(0, len(self.held_out) - 1, count).round().long().tolist()).to(self.model.device)
+        batch = read_batch(self.held_out, spread_rows(len(self.held_out), count)).to(self.model.device)
         ids = batch.ids[:, : self.target.max_tokens - 1].clamp(min=0)
         features = self.target.features(ids, self.reader.condition(batch))
         valid = (batch.ids[:, : ids.shape[1]] >= 0).float()

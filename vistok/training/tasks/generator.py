@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-
-from vistok import rng
 from vistok.data.order import SampleOrder, augmentation
 from vistok.data.shards import TokenFolder
 from vistok.decoding import SamplingConfig, generate
@@ -27,6 +25,8 @@ from vistok.image import make_grid
 from vistok.pipelines import TokenImagePipeline
 from vistok.training.config import TrainConfig
 from vistok.training.task import TrainingTask
+
+from vistok import rng
 
 logger = logging.getLogger("vistok")
 
@@ -122,6 +122,11 @@ class TokenLoader:
             flips = torch.from_numpy(augmentation(self.seed, positions, shift=0)[0]) if self.flip else None
             yield read_batch(self.tokens, rows, flips=flips, positions=torch.from_numpy(positions.astype(np.int64)))
             start += self.batch_size
+
+
+def spread_rows(total: int, count: int) -> list[int]:
+    """`count` numbers spread evenly over [0, total), some of them twice where count is larger."""
+    return torch.linspace(0, total - 1, count).round().long().tolist()
 
 
 def read_batch(tokens: TokenFolder, rows: Sequence[int], *, flips: Tensor | None = None, positions: Tensor | None = None) -> TokenBatch:
@@ -244,16 +249,25 @@ class GeneratorTask(TrainingTask):
     @torch.no_grad()
     def held_out_loss(self, batch_size: int = 64) -> float:
         """Cross-entropy per token on held-out images with their full condition. Raises ValueError: there are none."""
+        total = num_images = 0
+        for _, batch in self.held_out_batches(batch_size, is_spread=True):
+            logits = self.model(batch.ids[:, : self.model.max_tokens - 1].clamp(min=0), self.condition(batch))
+            total += token_loss(logits, batch.ids[:, : self.model.max_tokens])[1].item() * len(batch)
+            num_images += len(batch)
+        return total / num_images
+
+    def held_out_batches(self, batch_size: int, *, is_spread: bool = False) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Numbers and tokens of config.held_out_images held-out images, the first ones or spread over all, in batches.
+
+        Raises ValueError: there are no held-out tokens.
+        """
         if self.held_out is None:
             raise ValueError("this task has no held-out tokens")
         count = min(len(self.held_out), self.config.held_out_images)
-        rows = torch.linspace(0, len(self.held_out) - 1, count).round().long().tolist()
-        total = 0.0
+        rows = spread_rows(len(self.held_out), count) if is_spread else list(range(count))
         for start in range(0, count, batch_size):
-            batch = read_batch(self.held_out, rows[start : start + batch_size]).to(self.model.device)
-            logits = self.model(batch.ids[:, : self.model.max_tokens - 1].clamp(min=0), self.condition(batch))
-            total += token_loss(logits, batch.ids[:, : self.model.max_tokens])[1].item() * len(batch)
-        return total / count
+            part = rows[start : start + batch_size]
+            yield part, read_batch(self.held_out, part).to(self.model.device)
 
     @torch.no_grad()
     def preview(self, step: int) -> dict[str, Image.Image | float]:
@@ -261,7 +275,7 @@ class GeneratorTask(TrainingTask):
         numbers = {} if self.held_out is None else {"held_out_cross_entropy": self.held_out_loss()}
         if self.tokenizer is None:
             return numbers
-        rows = torch.linspace(0, len(self.dataset) - 1, self.config.preview_images).round().long().tolist()
+        rows = spread_rows(len(self.dataset), self.config.preview_images)
         generators = rng.image_generators(0, len(rows))
         tokens, _ = generate(
             self.model,

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from vistok import rng
 from vistok.data.shards import TokenFolder
 from vistok.decoding.heads import JudgeHead
 from vistok.decoding.sampling import sample
 from vistok.tokens import VisualTokens
 from vistok.training.config import TrainConfig
 from vistok.training.task import TrainingTask
-from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, TokenLoader, read_batch
+
+from vistok import rng
+from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, TokenLoader, read_batch, spread_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class JudgeTask(TrainingTask):
         self.dataset = dataset
         self.reader.on_start(dataset)
         if not self.config.limit:
-            rows = torch.linspace(0, len(dataset) - 1, min(self.config.limit_images, len(dataset))).round().long().tolist()
+            rows = spread_rows(len(dataset), min(self.config.limit_images, len(dataset)))
             batch = read_batch(dataset, rows).to(self.model.device)
             self.limit = float(self.examples(batch, rng.image_generators(0, len(rows), self.model.device))[1].median())
 
@@ -108,7 +108,7 @@ class JudgeTask(TrainingTask):
         """Accuracy on held-out images, and the limit."""
         if self.held_out is None:
             return {"limit": self.limit}
-        rows = torch.linspace(0, len(self.held_out) - 1, min(len(self.held_out), self.config.held_out_images)).round().long().tolist()
+        rows = spread_rows(len(self.held_out), min(len(self.held_out), self.config.held_out_images))
         batch = read_batch(self.held_out, rows).to(self.model.device)
         features, distance = self.examples(batch, rng.image_generators(1, len(rows), self.model.device))
         right = (self.model(features) > 0) == (distance < self.limit)

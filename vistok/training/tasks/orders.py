@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vistok.generators import RAR, Condition, MaskGIT
 
 from vistok import rng
-from vistok.generators import RAR, Condition, MaskGIT
-from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, read_batch, token_loss
+from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, token_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +61,12 @@ class MaskGITTask(GeneratorTask):
     @torch.no_grad()
     def held_out_loss(self, batch_size: int = 64) -> float:
         """Cross-entropy per masked token on held-out images, masks drawn by image number. Raises ValueError: there are none."""
-        if self.held_out is None:
-            raise ValueError("this task has no held-out tokens")
-        count = min(len(self.held_out), self.config.held_out_images)
-        total = 0.0
-        for start in range(0, count, batch_size):
-            rows = range(start, min(start + batch_size, count))
-            batch = read_batch(self.held_out, list(rows)).to(self.model.device)
+        total = num_images = 0
+        for rows, batch in self.held_out_batches(batch_size):
             uniforms = rng.rand((self.model.max_tokens + 1,), rng.image_generators(0, rows), device=self.model.device)
             total += self.model.masked_loss(batch.ids, self.condition(batch), uniforms)[1].item() * len(batch)
-        return total / count
+            num_images += len(batch)
+        return total / num_images
 
 
 class RARTask(GeneratorTask):

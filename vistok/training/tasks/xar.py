@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
-
-from vistok import rng
 from vistok.data.shards import TokenFolder
 from vistok.decoding.flow import code_table, generate_values
 from vistok.generators import XAR, Condition, FlowSampling
 from vistok.image import make_grid
-from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, read_batch
+
+from vistok import rng
+from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, read_batch, spread_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,17 +101,13 @@ class XARTask(GeneratorTask):
 
         context: instead of the one it trains with.
         """
-        if self.held_out is None:
-            raise ValueError("this task has no held-out tokens")
-        count = min(len(self.held_out), self.config.held_out_images)
-        total = 0.0
-        for start in range(0, count, batch_size):
-            rows = range(start, min(start + batch_size, count))
-            batch = read_batch(self.held_out, list(rows)).to(self.model.device)
+        total = num_images = 0
+        for rows, batch in self.held_out_batches(batch_size):
             noise, times = self.draw(rng.image_generators(0, rows))
             how = dict(noise=noise, times=times, context=context or self.config.context)
             total += self.model.denoising_loss(self.slots(batch), self.condition(batch), **how).sum().item()
-        return total / count
+            num_images += len(batch)
+        return total / num_images
 
     @torch.no_grad()
     def preview(self, step: int) -> dict[str, Image.Image | float]:
@@ -119,7 +115,7 @@ class XARTask(GeneratorTask):
         numbers = {} if self.held_out is None else {"held_out_loss": self.held_out_loss()}
         if self.tokenizer is None:
             return numbers
-        rows = torch.linspace(0, len(self.dataset) - 1, self.config.preview_images).round().long().tolist()
+        rows = spread_rows(len(self.dataset), self.config.preview_images)
         generators = rng.image_generators(0, len(rows))
         tokens, _ = generate_values(
             self.model,

@@ -109,8 +109,16 @@ def read_config(folder: str | Path) -> dict:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise OSError(f"{folder} is no model folder: it has no {CONFIG_NAME}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}")
+    return read_json(path, max_bytes=MAX_CONFIG_BYTES)
+
+
+def read_json(path: Path, *, max_bytes: int) -> dict:
+    """The object in a JSON file that somebody else may have written.
+
+    Raises ValueError: it is larger than max_bytes, is no JSON object, or holds NaN or Infinity.
+    """
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {max_bytes} are read")
 
     def refuse(name):
         raise ValueError(f"{path} holds {name}; only finite numbers are allowed")

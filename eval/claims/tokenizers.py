@@ -28,6 +28,7 @@ from vistok.metrics import command_line
 from vistok.metrics.protocol import machine, versions
 from vistok.metrics.understanding import Prober
 from vistok.training import TrainConfig, seeded_build, train
+from vistok.training.checkpoint import write_json
 from vistok.training.loop import TrainingRun
 
 TOLERANCE = 1.2
@@ -92,7 +93,7 @@ def main(config: Config) -> None:
     text = markdown(results, claims, about)
     print(text)
     (config.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    _write(config.out / "results.json", {"about": about, "results": results, "claims": claims})
+    write_json(config.out / "results.json", {"about": about, "results": results, "claims": claims})
 
 
 def result_of(name: str, seed: int, config: Config, train_set, test_set, prober: Prober) -> dict:
@@ -120,7 +121,7 @@ def result_of(name: str, seed: int, config: Config, train_set, test_set, prober:
         found["text_space"] = seed_text_retrieval(task, test_set)
     found |= {"asked": wanted, "order": entry.order, "steps": steps, "seconds": trained}
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
-    _write(folder / "result.json", found)
+    write_json(folder / "result.json", found)
     return found
 
 
@@ -170,13 +171,6 @@ def _seconds_a_step(entry: Entry, vae, options: TrainConfig, dataset, clock) -> 
 
 def _clock(device: str):
     return time.process_time if torch.device(device).type == "cpu" else time.perf_counter
-
-
-def _write(path: Path, data: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,11 @@ Convolutions run on folded pixels (4 x 4 into channels), so that each model gets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from vistok.layers.pyramid import PyramidDecoder, PyramidEncoder
 from vistok.quantizers import VQ, VQConfig
 from vistok.quantizers.multiscale import MultiScaleResidual
 from vistok.registry import register
+from vistok.tokenizers.base import pyramid_shape
 from vistok.tokenizers.flextok import FlexTok, FlexTokConfig
 from vistok.tokenizers.lavit import LaVIT, LaVITConfig
 from vistok.tokenizers.seed import CODES, SEED, SEEDConfig, SEEDLossWeights, SEEDVisionConfig
@@ -51,39 +49,21 @@ MOVING = dict(update="ema", kmeans_iterations=10, revive_after=20)
 
 @register
 class FoldedVQ(VQGAN):
-    """VQGAN on pixels folded 4 x 4 into channels, its codebook a moving average."""
+    """VQGAN on pixels folded 4 x 4 into channels, its codebook a moving average.
+
+    The same as a VQGANConfig with pixel_patch=4 and codebook_update="ema", but for the order in which a seed draws the weights, which is
+    that of the published table.
+    """
 
     def __init__(self, config: VQGANConfig):
         super().__init__(config)
-        shape = dict(
-            width=config.width,
-            multipliers=config.multipliers,
-            blocks=config.blocks,
-            attention=(len(config.multipliers) - 1,),
-            norm_groups=config.norm_groups,
-        )
-        self.encoder = PyramidEncoder(config.latent_channels, in_channels=3 * FOLD**2, **shape)
-        self.decoder = PyramidDecoder(config.latent_channels, out_channels=3 * FOLD**2, **shape)
-        self.quantizer = VQ(
-            VQConfig(
-                codebook_size=config.codebook_size,
-                code_dim=config.code_dim,
-                metric="cosine",
-                commitment_weight=config.commitment_weight,
-                **MOVING,
-            )
-        )
+        shape = {**pyramid_shape(config), "patch": FOLD}
+        self.encoder = PyramidEncoder(config.latent_channels, **shape)
+        self.decoder = PyramidDecoder(config.latent_channels, **shape)
+        self.quantizer = VQ(replace(self.quantizer.config, **MOVING))
         side = config.image_size[0] // config.reduction // FOLD
         self.layout = TokenLayout("grid", (side, side))
         self.min_tokens = self.max_tokens = side * side
-
-    def vectors(self, images: Tensor) -> Tensor:
-        """z [B, h, w, d] before quantization."""
-        return self.to_code(self.encoder(F.pixel_unshuffle(images, FOLD))).permute(0, 2, 3, 1)
-
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Images [B, 3, H, W], unclamped, of codes [B, h, w, d]."""
-        return F.pixel_shuffle(self.decoder(self.from_code(codes.permute(0, 3, 1, 2))), FOLD)
 
 
 @register

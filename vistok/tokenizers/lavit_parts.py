@@ -72,8 +72,8 @@ def _heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
     return x.unflatten(-1, (parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
-class MergerBlock(nn.Module):
-    """x += self(x); x += cross(x, origin); x += mlp(x), each after a norm."""
+class ReadingBlock(nn.Module):
+    """Parts of a block that looks at itself, then at something else, then feeds forward; each after a norm."""
 
     def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float):
         super().__init__()
@@ -83,6 +83,10 @@ class MergerBlock(nn.Module):
         self.cross_attention = CrossAttention(width, width, num_heads)
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, hidden)
+
+
+class MergerBlock(ReadingBlock):
+    """x += self(x); x += cross(x, origin); x += mlp(x), each after a norm."""
 
     def forward(self, x: Tensor, origin: Tensor, allow_self: Tensor, allow_cross: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
         """All patches x [B, N, D], or, for the last block, only those of rows [B, M]; allow_self is [B, 1, M or N, N]."""
@@ -155,17 +159,8 @@ class Merger(nn.Module):
         return self.norm(self.blocks[-1](x, origin, allow_rows, allow_cross, self.eps, rows)), counts
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(ReadingBlock):
     """Queries see each other, then the codes, then a feed-forward layer; each after a norm."""
-
-    def __init__(self, width: int, num_heads: int, hidden: int, norm_eps: float):
-        super().__init__()
-        self.self_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.self_attention = Attention(width, num_heads, bias=True)
-        self.cross_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.cross_attention = CrossAttention(width, width, num_heads)
-        self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = MLP(width, hidden)
 
     def forward(self, x: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attention(self.self_norm(x))

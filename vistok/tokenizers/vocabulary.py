@@ -254,15 +254,9 @@ class ImageVocabulary:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageVocabulary":
         """Read image_vocabulary.json. Raises OSError: there is none. ValueError: it is not one."""
-        from vistok.modeling import config_from_dict
+        from vistok.modeling import config_from_dict, read_json
 
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise OSError(f"{folder} has no {FILE_NAME}")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        return config_from_dict(cls, data, where=str(path))
+        return config_from_dict(cls, read_json(path, max_bytes=MAX_FILE_BYTES), where=str(path))

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vistok import rng
 from vistok.data.shards import TokenFolder
 from vistok.decoding.drafter_loss import drafter_loss
 from vistok.decoding.heads import ChimeraHeads, EagleHead, MedusaHeads
@@ -27,8 +29,6 @@ from vistok.decoding.heads.chimera import in_threes
 from vistok.decoding.heads.parts import output_weight
 from vistok.training.config import TrainConfig
 from vistok.training.task import TrainingTask
-
-from vistok import rng
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, TokenLoader, read_batch, spread_rows
 
 LOGGED = 4  # images of a batch whose acceptance is logged: laws over K codes cost as much as the loss

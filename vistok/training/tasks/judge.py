@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vistok import rng
 from vistok.data.shards import TokenFolder
 from vistok.decoding.heads import JudgeHead
 from vistok.decoding.sampling import sample
 from vistok.tokens import VisualTokens
 from vistok.training.config import TrainConfig
 from vistok.training.task import TrainingTask
-
-from vistok import rng
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, TokenLoader, read_batch, spread_rows
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from vistok.generators import RAR, Condition, MaskGIT
 
 from vistok import rng
+from vistok.generators import RAR, Condition, MaskGIT
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, token_loss
 
 

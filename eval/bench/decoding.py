@@ -29,7 +29,7 @@ from vistok.decoding.growth import grow_template
 from vistok.decoding.speculative import speculate
 from vistok.decoding.trees import TreeTemplate
 from vistok.decoding.tuning import clock_for
-from vistok.decoding.walk import walk, walk_chain
+from vistok.decoding.walk_one import walk_one
 
 TREE_58 = ([(r, *[0] * d) for r in range(7) for d in range(5)] + [(0, *[0] * d, r) for d in range(4) for r in range(1, 7)])[:58]
 TREE_25 = [(r, *[0] * d) for r in range(5) for d in range(5)]
@@ -100,27 +100,28 @@ def verification(config: BenchConfig) -> list[dict]:
             sampling = SamplingConfig(temperature=0) if "greedy" in what else SamplingConfig(top_k=config.top_k)
             law, tokens = partial(law_of, logits, sampling), ids.clone()
             for above, node in zip(nodes, nodes[1:] if lucky else ()):
-                tokens[0, node - 1] = sample(law(torch.tensor([above])), half[:, 0])
+                tokens[0, node - 1] = sample(law(above), half[:, 0])
             if "drawn tree" in what:
                 draft = Draft(tokens, shape, "without_replacement", q, torch.arange(M + 1)[None])
             else:
                 draft = Draft(tokens, shape, "deterministic")
-            call = partial(walk, draft, law, standard, coins=coins, position_uniforms=half, **fixed)
+            call = partial(walk_one, draft, law, standard, coins=coins, position_uniforms=half, **fixed)
             rows.append(timed(f"{what}, {'3 levels accepted, then 7 rejected' if lucky else '7 rejected'}", call, config.repeats))
     chain = Draft.chain(ids[:, :4], q[:, :4])
     sampling = SamplingConfig(top_k=config.top_k)
     draws = dict(coins=torch.full((1, 4), 0.5, dtype=torch.float64), position_uniforms=torch.full((1, 5), 0.5, dtype=torch.float64))
 
     def verify_chain():
-        return walk_chain(chain, warp(logits[:, :5], sampling).softmax(-1), standard, **draws, **fixed)
+        laws = warp(logits[:, :5], sampling).softmax(-1)
+        return walk_one(chain, lambda node: laws[:, node], standard, **draws, **fixed)
 
     rows.append(timed("sampling, drawn chain of 4", verify_chain, config.repeats))
     return rows
 
 
-def law_of(logits: torch.Tensor, sampling: SamplingConfig, node: torch.Tensor) -> torch.Tensor:
-    """p [1, V] after a node [1]."""
-    return warp(logits[:, node[0]], sampling).softmax(-1)
+def law_of(logits: torch.Tensor, sampling: SamplingConfig, node: int) -> torch.Tensor:
+    """p [1, V] after a node."""
+    return warp(logits[:, node], sampling).softmax(-1)
 
 
 @torch.no_grad()

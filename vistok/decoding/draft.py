@@ -87,6 +87,14 @@ class TreeShape:
         nodes = torch.arange(1, M + 1, device=self.parents.device).expand(rows, M)
         return table.scatter_(1, self.parents * C + self.ranks, nodes).view(rows, M + 1, C)
 
+    @cached_property
+    def child_lists(self) -> list[list[int]]:
+        """Nodes that hang from each node of the first image, in the order they are tried."""
+        found: list[list[int]] = [[] for _ in range(self.num_tokens + 1)]
+        for node, parent in enumerate(self.parents[0].tolist(), 1):
+            found[parent].append(node)
+        return found
+
 
 @lru_cache(maxsize=64)
 def _chain(length: int, device: torch.device) -> TreeShape:
@@ -131,3 +139,7 @@ class Draft:
             return None
         rows = self.rows.expand(len(nodes), -1).gather(1, nodes[:, None]).clamp(min=0)
         return self.q[torch.arange(len(nodes), device=nodes.device), rows[:, 0]]
+
+    def law_row(self, node: int) -> Tensor:
+        """[1, V] law of the first child of a node of one image; a view."""
+        return self.q[:, int(self.rows[0, node])]

@@ -1,9 +1,9 @@
 """ZipAR: the rows of a picture overlap, several tokens a pass, without a drafter.
 
-He et al. 2024, arXiv 2412.04062, sections 3.2 and 3.3. Row r + 1 starts when row r has `window` tokens; all rows under way grow by one token
-a pass. The first token of a row is predicted from the slot in front of it, the last of the row above; while that is unknown the latest token
-two rows up stands in for it, and the slot is read again once it is known (`zipar_passes` is the schedule). Lossy: a row does not see the end
-of the row above. 2 W + (H - 2) window passes in place of W H.
+He et al. 2024, arXiv 2412.04062, sections 3.2 and 3.3. Row r + 1 starts when row r has `window` tokens; all rows under way grow by one
+token a pass. The first token of a row is predicted from the slot in front of it, the last of the row above; while that is unknown the
+latest token two rows up stands in for it, and the slot is read again once it is known (`zipar_passes` is the schedule). Lossy: a row does
+not see the end of the row above. 2 W + (H - 2) window passes in place of W H.
 
 The window may adapt (`adaptive_rows`): then `window` is the least that a row waits for, and an image's rows start when they can.
 B images, R rows of the batch (2B under guidance), W x H tokens, N = W H.

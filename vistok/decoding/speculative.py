@@ -29,6 +29,7 @@ from vistok.decoding.stats import SpeculationStats, Tally
 from vistok.decoding.tuning import Memory, Pace, clock_for, memory_of, plain_seconds
 from vistok.decoding.uniforms import GivenUniforms, Uniforms
 from vistok.decoding.walk import Verdict, walk, walk_chain
+from vistok.decoding.walk_one import walk_one
 from vistok.layers.packed import packed_linears
 from vistok.layers.placement import PlacedCache
 from vistok.tokens import VisualTokens
@@ -238,12 +239,19 @@ def verify(state: DecodingState, draft: Draft, rule, of_position: Tensor) -> tup
         position_uniforms=of_position.gather(1, state.counts[:, None] + steps),
         active=state.active,
         room=state.num_tokens - state.counts,
-        hidden=target.features[:B] if rule.needs_hidden else None,
     )
-    if shape.is_chain and 0 < shape.num_tokens <= _LONGEST_AT_ONCE:
-        verdict = walk_chain(draft, target.law(), rule, **options)
+    at_once = shape.is_chain and 0 < shape.num_tokens <= _LONGEST_AT_ONCE
+    if B == 1 and rule.gives_law and ids.device.type == "cpu":
+        laws = target.law() if at_once else None
+        verdict = walk_one(
+            draft, lambda node: target.law(ids.new_tensor([[node]]))[:, 0] if laws is None else laws[:, node], rule, **options
+        )
     else:
-        verdict = walk(draft, lambda node: target.law(node[:, None])[:, 0], rule, **options)
+        hidden = target.features[:B] if rule.needs_hidden else None
+        if at_once:
+            verdict = walk_chain(draft, target.law(), rule, hidden=hidden, **options)
+        else:
+            verdict = walk(draft, lambda node: target.law(node[:, None])[:, 0], rule, hidden=hidden, **options)
     path, accepted = verdict.path.clamp(min=0), verdict.emitted - 1
     state.cache.keep(state.rows(path), state.rows(accepted), is_chain=shape.is_chain)
     # the accepted tokens, then the one after them; what stands behind that is overwritten before it is read

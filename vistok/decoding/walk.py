@@ -65,7 +65,10 @@ def walk(
         if depth < shape.depth:
             kids, tokens = children[rows, node], below[rows, node]  # [B, C]
             near = None if hidden is None else hidden[rows[:, None], kids.clamp(min=0)]
-            at = Position(p, tokens, draft.law(node), draft.drawn, near)
+            q = draft.law(node)
+            at = Position(
+                p, tokens, None if q is None else torch.where(kids[:, :1] < 0, p, q), draft.drawn, near
+            )  # nothing was drawn there
         else:
             kids = tokens = node.new_empty(B, 0)
             at = Position(p, tokens, hidden=None if hidden is None else hidden[:, :0])

@@ -85,10 +85,12 @@ def test_what_cannot_be_is_refused():
         PattentionBlock(24, 2, num_tokens=4, mlp_tokens=4)
 
 
+@pytest.mark.parametrize("proj_tokens", [None, 5])
 @torch.no_grad()
-def test_a_grown_block_gives_the_same_with_and_without_its_cache():
+def test_a_grown_block_gives_the_same_with_and_without_its_cache(proj_tokens):
     torch.manual_seed(0)
-    block, x = PattentionBlock(32, 2, num_tokens=8, mlp_tokens=16), torch.randn(2, 6, 32)
+    block, x = PattentionBlock(32, 2, num_tokens=8, mlp_tokens=16, proj_tokens=proj_tokens), torch.randn(2, 6, 32)
+    assert len(block.attention.proj.keys) == (proj_tokens or 8)
     before = block(x)
     block.grow(3, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(block(x), before, atol=1e-5, rtol=0)

@@ -64,7 +64,7 @@ def run(golden, name, model, tensor):
     config = golden.spec["config"]
     unmasked, scale, interval = RUN.fullmatch(tensor.removeprefix(f"{name}.")).groups()
     scale = float(scale) if scale else float(config["cfg_scale"])
-    if interval:  # decode step i makes token i + 1, and steps up to cfg_interval are guided
+    if interval and config["cfg_interval"] >= 0:  # decode step i makes token i + 1, and steps up to cfg_interval are guided; -1: all
         scale = guidance_until(scale, config["cfg_interval"] + 2)
     condition = conditions(golden, name, model, masked=not unmasked)
     uniforms = torch.zeros(golden.io[tensor].shape)

@@ -129,7 +129,7 @@ def _unit(x: Tensor) -> Tensor:
 class PattentionAttention(nn.Module):
     """Self-attention whose query, key, value and projection are one Pattention each; takes what `layers.attention.Attention` takes.
 
-    width: D. num_tokens: parameter tokens of each of the four.
+    width: D. num_tokens: parameter tokens of each of the four; proj_tokens: those of the projection, where they are not as many.
     """
 
     def __init__(
@@ -138,13 +138,15 @@ class PattentionAttention(nn.Module):
         num_heads: int,
         *,
         num_tokens: int,
+        proj_tokens: int | None = None,
         activation: Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"] = "l2_norm_gelu",
     ):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width={width} is not a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
-        self.query, self.key, self.value, self.proj = (Pattention(width, width, num_tokens, activation=activation) for _ in range(4))
+        self.query, self.key, self.value = (Pattention(width, width, num_tokens, activation=activation) for _ in range(3))
+        self.proj = Pattention(width, width, num_tokens if proj_tokens is None else proj_tokens, activation=activation)
 
     def forward(
         self,
@@ -176,8 +178,8 @@ class PattentionBlock(nn.Module):
 
         x = x + attention(norm(x));  x = x + mlp(norm(x))          causal; norms without parameters
 
-    width: D. num_tokens: parameter tokens of each of the four, mlp_tokens: of the last. rotary_share: part of each head that turns with
-    the position, halves paired (not neighbours).
+    width: D. num_tokens: parameter tokens of each of the four (proj_tokens: of the projection, where they are not as many), mlp_tokens: of
+    the last. rotary_share: part of each head that turns with the position, halves paired (not neighbours).
     """
 
     def __init__(
@@ -187,13 +189,14 @@ class PattentionBlock(nn.Module):
         *,
         num_tokens: int,
         mlp_tokens: int,
+        proj_tokens: int | None = None,
         activation: Literal["l2_norm_gelu", "gelu_l2_norm", "softmax"] = "l2_norm_gelu",
         rotary_share: float = 0.25,
         rotary_base: float = 10000.0,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        self.attention = PattentionAttention(width, num_heads, num_tokens=num_tokens, activation=activation)
+        self.attention = PattentionAttention(width, num_heads, num_tokens=num_tokens, proj_tokens=proj_tokens, activation=activation)
         self.norm_eps, self.rotary_base = norm_eps, rotary_base
         self.rotary_width = int(width // num_heads * rotary_share)
         if self.rotary_width % 2:

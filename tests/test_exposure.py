@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from token_toys import assert_resumes_bit_by_bit, token_folder
 
 import vistok
 from vistok import rng
-from vistok.data.shards import TokenFolder, TokenPlan, TokenShards
 from vistok.decoding import generate
 from vistok.tokens import TokenLayout, VisualTokens
 from vistok.training import TrainConfig, train
@@ -106,12 +106,8 @@ def test_an_image_does_not_depend_on_its_batch(batch):
 
 def test_a_stopped_run_resumes_bit_by_bit(tmp_path):
     layout = TokenLayout("grid", (3, 3))
-    plan = TokenPlan(num_images=8, num_tokens=N, codebook_size=K, layout=layout, tokenizer_digest="", classes=("a", "b", "c"))
     ids = torch.randint(K, (8, N), generator=torch.Generator().manual_seed(3))
-    TokenShards(tmp_path / "tokens", plan).write(
-        0, VisualTokens.from_ids(ids, layout), labels=[i % 3 for i in range(8)], captions=[""] * 8, names=[f"image {i}" for i in range(8)]
-    )
-    folder = TokenFolder(tmp_path / "tokens")
+    folder = token_folder(tmp_path / "tokens", VisualTokens.from_ids(ids, layout), codebook_size=K)
 
     def run(out, steps, resume=False):
         task = ExposureTask(make(), ExposureTaskConfig(scheduled_share=0.5, correction_share=0.2, start_step=1, full_step=3))
@@ -119,7 +115,4 @@ def test_a_stopped_run_resumes_bit_by_bit(tmp_path):
         train(task, folder, TrainConfig(out=tmp_path / out, max_steps=steps, save_every=2, **fixed), resume=resume)
         return vistok.load(tmp_path / out).state_dict()
 
-    whole = run("whole", 4)
-    run("parts", 2)
-    resumed = run("parts", 4, resume=True)
-    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    assert_resumes_bit_by_bit(run)

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 from PIL import Image
+from token_toys import token_folder
 
 import vistok
 from vistok import rng
-from vistok.data.shards import TokenFolder, TokenPlan, TokenShards
 from vistok.pipelines import TokenImagePipeline
 from vistok.training import TrainConfig, train
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig
@@ -179,12 +179,11 @@ def test_a_missing_folder_is_an_error_that_says_what_a_model_is(tmp_path):
 
 def test_a_trained_run_loads_as_a_pipeline_and_shows_previews(pipe, tmp_path):
     tokens = pipe(num_images=4, seed=0).tokens
-    plan = TokenPlan(num_images=4, num_tokens=16, codebook_size=200, layout=tokens.layout, tokenizer_digest="", classes=pipe.classes)
-    TokenShards(tmp_path / "tokens", plan).write(0, tokens, labels=[0, 1, 2, -1], captions=["", "a", "b", "c"], names=list("abcd"))
+    folder = token_folder(tmp_path / "tokens", tokens, codebook_size=200, captions=["", "a", "b", "c"], classes=pipe.classes)
     fresh = build()
     task = GeneratorTask(fresh.generator, GeneratorTaskConfig(preview_images=2), tokenizer=fresh.tokenizer)
     config = TrainConfig(out=tmp_path / "run", max_steps=1, batch_size=2, preview_every=1, progress=False)
-    train(task, TokenFolder(tmp_path / "tokens"), config)
+    train(task, folder, config)
     assert list((tmp_path / "run" / "previews").glob("*samples.png"))
     again = TokenImagePipeline.from_pretrained(tmp_path / "run")
     assert torch.equal(again.tokenizer.state_dict()["decoder.0.weight"], pipe.tokenizer.state_dict()["decoder.0.weight"])

@@ -19,6 +19,14 @@ class Hooked:
     def __exit__(self, *error) -> None:
         self.remove()
 
+    def _attach_all(self) -> None:
+        """`_attach`, of which nothing is left if it fails."""
+        try:
+            self._attach()
+        except BaseException:
+            self.remove()
+            raise
+
     def remove(self) -> None:
         """Take every hook off; the model is as it was."""
         for handle in self._handles:

@@ -61,11 +61,7 @@ class PrunedLayers(Hooked):
         self._kinds = getattr(self.text.config, "layer_types", None)
         self._handles: list = []
         model.__dict__[_MARK] = self
-        try:
-            self._attach()
-        except BaseException:
-            self.remove()
-            raise
+        self._attach_all()
 
     def remove(self) -> None:
         """Take every hook off; the model is as it was. The report stays readable. Caches made so far belong to the pruned model."""

@@ -210,49 +210,49 @@ class DiffRate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomTokens(Schedule):
+class _TopPatches(Schedule):
+    """Base of what drops the patches with the lowest scores."""
+
+    is_proportional: bool = False
+    is_merging: ClassVar[bool] = False
+    at_block_end: ClassVar[bool] = False
+
+    def plan(self, view: LayerView, count: int) -> ReductionPlan:
+        score = self.score(view, count)
+        return topk.top_tokens(score, score.shape[1] - count, num_prefix=view.num_prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokens(_TopPatches):
     """Drop random patches: the baseline. The draw depends on (seed, layer, place in the batch)."""
 
     seed: int = 0
-    is_proportional: bool = False
-    is_merging: ClassVar[bool] = False
-    at_block_end: ClassVar[bool] = False
 
-    def plan(self, view: LayerView, count: int) -> ReductionPlan:
+    def score(self, view: LayerView, count: int) -> Tensor:
         metric = view.metric("key")
-        B, T = metric.shape[0], metric.shape[1] - view.num_prefix
+        B = metric.shape[0]
         generators = image_generators(self.seed, [view.layer * B + image for image in range(B)], metric.device)
-        score = topk.random_score(T, generators=generators, device=metric.device)
-        return topk.top_tokens(score, T - count, num_prefix=view.num_prefix)
+        return topk.random_score(metric.shape[1] - view.num_prefix, generators=generators, device=metric.device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformTokens(Schedule):
+class UniformTokens(_TopPatches):
     """Keep evenly spaced patches."""
 
-    is_proportional: bool = False
-    is_merging: ClassVar[bool] = False
-    at_block_end: ClassVar[bool] = False
-
-    def plan(self, view: LayerView, count: int) -> ReductionPlan:
+    def score(self, view: LayerView, count: int) -> Tensor:
         metric = view.metric("key")
-        B, T = metric.shape[0], metric.shape[1] - view.num_prefix
-        return topk.top_tokens(topk.uniform_score(B, T, T - count, device=metric.device), T - count, num_prefix=view.num_prefix)
+        T = metric.shape[1] - view.num_prefix
+        return topk.uniform_score(metric.shape[0], T, T - count, device=metric.device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClsTokens(Schedule):
+class ClsTokens(_TopPatches):
     """Keep the patches the class token attends to (EViT without the fused token). Needs a class token."""
 
-    is_proportional: bool = False
-    is_merging: ClassVar[bool] = False
-    at_block_end: ClassVar[bool] = False
-
-    def plan(self, view: LayerView, count: int) -> ReductionPlan:
+    def score(self, view: LayerView, count: int) -> Tensor:
         if view.num_prefix == 0:
             raise ValueError('method "cls" needs a class token and this model has none; take "uniform" or "tome"')
-        score = topk.cls_score(view.attention(rows=1)[:, :, 0, view.num_prefix :])
-        return topk.top_tokens(score, score.shape[1] - count, num_prefix=view.num_prefix)
+        return topk.cls_score(view.attention(rows=1)[:, :, 0, view.num_prefix :])
 
 
 STRATEGIES: dict[str, type] = {

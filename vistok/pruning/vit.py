@@ -90,11 +90,7 @@ class PrunedViT(Hooked):
         depth, prefix = len(self.parts.blocks), self.parts.num_prefix
         self._views = [_View(layer, depth, prefix, part, strategy.is_proportional) for layer, part in enumerate(self.parts.blocks)]
         self._last: _Entry | None = None
-        try:
-            self._attach()
-        except BaseException:
-            self.remove()
-            raise
+        self._attach_all()
 
     def remove(self) -> None:
         """Take every hook off; the model is as it was. Reports and `plan` stay readable."""

@@ -116,6 +116,6 @@ def _energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
 
 
 def _terms(similarity: Tensor, margin: float, alpha: float) -> Tensor:
-    """ELU(similarity - margin) + margin + alpha, in place: max(S, m) + alpha exp(-m) exp(min(S, m)), the constants taken out of the loop."""
+    """ELU(similarity - margin) + margin + alpha, in place: max(S, m) + alpha exp(-m) exp(min(S, m))."""
     below = similarity.clamp(max=margin).exp_()
     return similarity.clamp_(min=margin).add_(below, alpha=alpha * math.exp(-margin))

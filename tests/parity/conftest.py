@@ -42,6 +42,13 @@ class Golden:
             assert name in results, f"{self.folder}: {name} is not understood by this test"
             self.compare(name, results[name])
 
+    def check_weights(self, found: dict[str, Tensor], file: str = "state.safetensors") -> None:
+        """`found` holds exactly the weights of the case, bit for bit."""
+        original = load_file(self.folder / file)
+        assert found.keys() == original.keys()
+        wrong = [name for name in original if not torch.equal(found[name], original[name])]
+        assert not wrong, f"{self.folder}: {', '.join(wrong[:5])} are not bit-equal"
+
     def compare(self, name: str, actual: Tensor, expected: Tensor | None = None) -> None:
         """Integers and booleans exactly; floats within case.json's tolerance, else 1e-4 of the largest value."""
         expected = self.io[name] if expected is None else expected

@@ -8,7 +8,6 @@ by PSNR, mirrored or not, and the share above 25 dB. docs/evaluation.md explains
 A model goes round its classes, the same number of samples each; one without classes goes round the captions of the split, or `--prompts`.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ def main(config: Config) -> None:
     )
     named = {"model": config.model or "", "model_config": model, "data": config.data, "split": config.split}
     named |= {"options": {**options, **result.protocol.options}, "command": command_line("eval.generation")}
-    result = dataclasses.replace(result, protocol=dataclasses.replace(result.protocol, **named))
+    result = result.with_protocol(**named)
     print(result.report())
     if config.out is not None:
         result.save(config.out)

@@ -7,7 +7,6 @@ regression) is learned on the train split, strength included, and measured on th
 convolutions and the model with fresh weights; docs/evaluation.md explains every column. About a minute on a CPU core for a small model.
 """
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +79,7 @@ def main(config: Config) -> None:
         seed=config.seed,
         progress=True,
     )
-    named = {"model": config.model, "data": config.data, "split": "train, test", "command": command_line("eval.probe")}
-    result = dataclasses.replace(result, protocol=dataclasses.replace(result.protocol, **named))
+    result = result.with_protocol(model=config.model, data=config.data, split="train, test", command=command_line("eval.probe"))
     print(report(result))
     if config.out is not None:
         result.save(config.out)

@@ -7,7 +7,6 @@ codebook usage; docs/evaluation.md explains every column. The default features (
 Frechet distance is FID. Without `--num-tokens`: 1, 2, 4, ... for a nested tokenizer, the only count of a fixed-length one.
 """
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +79,7 @@ def main(config: Config) -> None:
         decode_options=options,
         progress=True,
     )
-    named = {"model": config.model, "data": config.data, "split": config.split, "command": command_line("eval.reconstruction")}
-    result = dataclasses.replace(result, protocol=dataclasses.replace(result.protocol, **named))
+    result = result.with_protocol(model=config.model, data=config.data, split=config.split, command=command_line("eval.reconstruction"))
     print(result.report())
     if config.out is not None:
         result.save(config.out)

@@ -82,6 +82,10 @@ class Evaluation:
     protocol: EvaluationProtocol
     rows: list[dict]
 
+    def with_protocol(self, **fields) -> "Evaluation":
+        """The same numbers, more said about how they came about: fields of EvaluationProtocol (model, data, command, ...)."""
+        return dataclasses.replace(self, protocol=dataclasses.replace(self.protocol, **fields))
+
     def save(self, path: str | Path) -> None:
         """Write protocol and rows as JSON, complete or not at all; numbers that are not finite become null."""
         path = Path(path)

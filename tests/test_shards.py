@@ -45,6 +45,38 @@ def test_a_token_folder_reads_back_what_was_written(tmp_path):
     assert torch.equal(tokens.ids[0], tokens_of(range(7), add=1).ids[2]) and torch.equal(tokens.ids[1], expected.ids[5])
 
 
+def values_of(rows: range, *, add: float = 0.0) -> VisualTokens:
+    values = torch.tensor([[[i + j + c / 4 + add for c in range(2)] for j in range(6)] for i in rows])
+    return VisualTokens.from_values(values, LAYOUT, torch.full((len(rows),), 6))
+
+
+def test_deviations_of_values_are_kept_beside_them_and_checked(tmp_path):
+    continuous = dict(codebook_size=None, code_dim=2, has_flips=True, shard_size=7)
+    writer = TokenShards(tmp_path / "a", plan(has_deviations=True, **continuous))
+    tokens, flipped = values_of(range(7)), values_of(range(7), add=0.5)
+    rest = dict(labels=[0] * 7, captions=[""] * 7, names=list("abcdefg"))
+    writer.write(0, tokens, flipped=flipped, deviations=tokens.values / 8, flipped_deviations=flipped.values / 8, **rest)
+    folder = TokenFolder(tmp_path / "a")
+    flips = torch.tensor([True, False])
+    assert json.loads((tmp_path / "a" / "index.json").read_text())["format"] == 3
+    assert torch.equal(folder.read_deviations([2, 5], flips=flips) * 8, folder.read([2, 5], flips=flips).values)
+    plain = TokenShards(tmp_path / "b", plan(**continuous))
+    plain.write(0, tokens, flipped=flipped, **rest)
+    assert TokenFolder(tmp_path / "b").read_deviations([0]) is None
+    with pytest.raises(ValueError, match="other values of format, has_deviations"):
+        TokenShards(tmp_path / "b", plan(has_deviations=True, **continuous))
+    with pytest.raises(ValueError, match="ids have no deviations"):
+        plan(has_deviations=True)
+    (tmp_path / "a" / "shard_00000.safetensors").unlink()
+    for wrong, message in (
+        (dict(deviations=-tokens.values, flipped_deviations=flipped.values), "not negative"),
+        (dict(deviations=tokens.values[:, :3], flipped_deviations=flipped.values), "deviations of shape"),
+        (dict(deviations=tokens.values), "has_deviations=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            writer.write(0, tokens, flipped=flipped, **wrong, **rest)
+
+
 def test_writing_resumes_and_reading_waits_for_the_last_shard(tmp_path):
     write(tmp_path, shards=[1])
     with pytest.raises(FileNotFoundError, match="2 of 3 shards are missing"):

@@ -21,7 +21,12 @@ ORDERS = {
     "group": OrderConfig(kind="group", size=3, layout_kind="sequence", layout_shape=(8,)),
     "random": OrderConfig(kind="random", size=4, **SQUARE),
 }
-SOLVERS = {"euler": FlowSampling(num_steps=2, solver="euler"), "annealed": FlowSampling(num_steps=3, final_steps=2)}
+SOLVERS = {
+    "euler": FlowSampling(num_steps=2, solver="euler"),
+    "annealed": FlowSampling(num_steps=3, final_steps=2),
+    "euler, noisy context": FlowSampling(num_steps=2, solver="euler", context_time=0.3),
+    "annealed, noisy context": FlowSampling(num_steps=3, final_steps=2, context_time=0.1),
+}
 
 
 CAPTIONS = dict(text="hash", caption_tokens=3, caption_buckets=64)
@@ -44,13 +49,14 @@ def draws(model, B):
 @torch.no_grad()
 def plain_sample(model, condition, noise, sampling, scales):
     """Without a cache, tables or saved halves: every call runs all entities so far, with and without the class."""
-    order, slots = model.order, None
+    order, slots, r = model.order, None, sampling.context_time or 0.0
+    shown = None
     for entity in range(order.num_entities):
         times = sampling.times(sampling.steps(entity, order.num_entities))
         x = noise(entity, 0)
         for step in range(len(times) - 1):
-            both = x if slots is None else torch.cat([slots, x], dim=1)
-            at = torch.tensor([[0.0] * entity + [times[step].item()]]).expand(len(x), -1)
+            both = x if shown is None else torch.cat([shown, x], dim=1)
+            at = torch.tensor([[r] * entity + [times[step].item()]]).expand(len(x), -1)
             c, u = model(both, condition, times=at), model(both, condition.null(), times=at)
             v = classifier_free(c, u, scales(entity))[:, -x.shape[1] :]
             t, length = times[step].item(), (times[step] - times[step + 1]).item()
@@ -62,6 +68,8 @@ def plain_sample(model, condition, noise, sampling, scales):
             if step + 2 < len(times):
                 x = x + (2 * t) ** 0.5 * length**0.5 * noise(entity, step + 1)
         slots = x if slots is None else torch.cat([slots, x], dim=1)
+        noisy = (1 - r) * x + r * noise(entity, 1 if sampling.solver == "euler" else len(times) - 1) if r else x
+        shown = noisy if shown is None else torch.cat([shown, noisy], dim=1)
     return order.unpack(model.denormalise(slots))
 
 
@@ -216,9 +224,10 @@ def test_an_image_does_not_depend_on_its_batch():
     torch.testing.assert_close(alone.values[0], together.values[2], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("context_time", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["cell", "scale", "group"])
-def test_a_saved_prefix_is_continued_as_if_never_interrupted(name):
-    model = build(name, **CAPTIONS, **SCALED)
+def test_a_saved_prefix_is_continued_as_if_never_interrupted(name, context_time):
+    model = build(name, **CAPTIONS, **SCALED, context_time=context_time)
     condition, order, seen = model.make_condition(2, labels=[0, 1], captions=["a cat", ""]), model.order, []
     options = dict(sampling=FlowSampling(num_steps=2), guidance_scale=2.0)
     whole = model.sample(condition, generators=image_generators(0, 2), on_step=lambda e, slots: seen.append((e, slots)), **options)
@@ -313,6 +322,17 @@ def test_a_run_that_cannot_be_says_why(options, message):
         model.sample(model.make_condition(2), **options)
 
 
+def test_the_models_own_context_time_is_used_where_none_is_asked_for():
+    model, plain = build(context_time=0.2), build()
+    condition = model.make_condition(1, labels=[1])
+
+    def draw(model, **asked):
+        return model.sample(condition, generators=image_generators(0, 1), sampling=FlowSampling(num_steps=2, **asked)).values
+
+    assert torch.equal(draw(model), draw(plain, context_time=0.2)) and torch.equal(draw(model, context_time=0.0), draw(plain))
+    assert not torch.equal(draw(model), draw(plain))
+
+
 def test_wrong_numbers_are_refused():
     model = build()
     with pytest.raises(ValueError, match="entities, but there are times for 3"):
@@ -323,10 +343,10 @@ def test_wrong_numbers_are_refused():
         model.make_condition(1, labels=[9])
     with pytest.raises(ValueError, match="captions"):
         model.make_condition(1, captions=["a cat"])
-    for fields in (dict(num_steps=0), dict(final_steps=0), dict(last_time=1.0), dict(solver="magic")):
+    for fields in (dict(num_steps=0), dict(final_steps=0), dict(last_time=1.0), dict(solver="magic"), dict(context_time=1.0)):
         with pytest.raises(ValueError):
             FlowSampling(**fields)
-    for fields in (dict(width=30), dict(num_classes=2, classes=("a",)), dict(code_dim=0)):
+    for fields in (dict(width=30), dict(num_classes=2, classes=("a",)), dict(code_dim=0), dict(context_time=-0.1)):
         with pytest.raises(ValueError):
             vistok.create("xar-tiny", **fields)
 

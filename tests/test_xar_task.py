@@ -64,17 +64,17 @@ def folders(tmp_path_factory, photos):
     def make(kind):
         if kind not in made:
             root = tmp_path_factory.mktemp(kind)
-            tokenizer = tokenizer_of(kind)
+            tokenizer = tokenizer_of(kind.removesuffix(", means"))
             tokenizer.save_pretrained(root / "tokenizer")
             dataset = vistok.open_dataset(str(photos), image_size=32, split="all")
-            tokenize_dataset(tokenizer, dataset, root / "tokens", flips=True)
+            tokenize_dataset(tokenizer, dataset, root / "tokens", flips=True, deviations=not kind.endswith(", means"))
             made[kind] = root / "tokenizer", root / "tokens"
         return made[kind]
 
     return make
 
 
-def task_of(folders, kind="vae", context="noisy", **config):
+def task_of(folders, kind="vae, means", context="noisy", **config):
     tokenizer, tokens = folders(kind)
     tokenizer, tokens = vistok.load(tokenizer), TokenFolder(tokens)
     mean, deviation = channel_statistics(tokens, code_table(tokenizer))
@@ -88,15 +88,31 @@ def task_of(folders, kind="vae", context="noisy", **config):
     return task, tokens
 
 
-@pytest.mark.parametrize("kind", ["vae", "fsq2d"])
+@pytest.mark.parametrize("kind", ["vae, means", "fsq2d"])
 def test_the_network_sees_values_of_mean_0_and_deviation_1_and_gives_the_tokens_back(folders, kind):
     task, tokens = task_of(folders, kind)
     batch = read_batch(tokens, range(len(tokens)))
-    slots = task.slots(batch)
+    slots = task.slots(batch, image_generators(0, len(batch)))
     torch.testing.assert_close(slots.mean((0, 1)), torch.zeros(slots.shape[2]), atol=1e-4, rtol=0)
     torch.testing.assert_close(slots.square().mean((0, 1)), torch.ones(slots.shape[2]), atol=1e-3, rtol=0)
     values = task.model.denormalise(task.model.order.unpack(slots))
-    torch.testing.assert_close(values, batch.values if kind == "vae" else task.codes[batch.ids], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(values, task.codes[batch.ids] if kind == "fsq2d" else batch.values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_vaes_values_are_drawn_from_their_posteriors_by_each_samples_own_generator(folders, photos):
+    task, tokens = task_of(folders, "vae")
+    batch = read_batch(tokens, [0, 1, 2], flips=torch.tensor([False, True, False]))
+    mean, logvar = task.tokenizer.posterior(vistok.open_dataset(str(photos), image_size=32, split="all").read(0)[None] / 127.5 - 1)
+    deviation = torch.exp(0.5 * logvar[0]).flatten(1).T * task.tokenizer.settings.scaling_factor
+    torch.testing.assert_close(batch.deviations[0], deviation, atol=1e-3, rtol=1e-3)  # half precision on disk
+    drawn = torch.stack([task.slots(batch, image_generators(seed, 3)) for seed in range(400)])
+    values = task.model.denormalise(task.model.order.unpack(drawn.flatten(0, 1))).unflatten(0, (400, 3))
+    torch.testing.assert_close(values.mean(0), batch.values, atol=0.3, rtol=0)
+    torch.testing.assert_close(values.std(0) / batch.deviations, torch.ones_like(batch.deviations), atol=0.2, rtol=0)
+    alone = task.slots(read_batch(tokens, [1], flips=torch.tensor([True])), image_generators(0, [1]))
+    assert torch.equal(alone, task.slots(batch, image_generators(0, 3))[1:2])
+    whole = task.slots(read_batch(tokens, range(6)), image_generators(0, 6))
+    assert 0.8 < float(whole.square().mean()) < 1.2  # the statistics count the posteriors' own spread
 
 
 @pytest.mark.parametrize("context", ["noisy", "clean"])

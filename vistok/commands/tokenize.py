@@ -9,8 +9,9 @@ from vistok.commands.common import BadImages, Device, Folder, Model, Threads, lo
 class Tokenize:
     """Turn images into a folder of tokens, so that generators train without pixels.
 
-    OUT holds index.json and shards (safetensors) of ids (of a KL-VAE: values), labels, captions and names. An interrupted call goes on
-    where it stopped when typed again; several processes or machines can share the work with --rank and --world-size.
+    OUT holds index.json and shards (safetensors) of ids (of a VAE: values and how far they spread), labels, captions and names. An
+    interrupted call goes on where it stopped when typed again; several processes or machines can share the work with --rank and
+    --world-size.
 
         vistok tokenize --model vistok/emoji-flextok --data PHOTOS --out tokens
         vistok train generator --recipe gpt-emoji --tokenizer vistok/emoji-flextok --tokens tokens --out runs/gpt
@@ -28,6 +29,8 @@ class Tokenize:
     """Tokens an image; fewer only with a tokenizer of ordered tokens (FlexTok)."""
     no_flips: bool = False
     """Leave out the mirrored images' tokens, which training uses as augmentation; half the time and space."""
+    no_deviations: bool = False
+    """Of a VAE, store the means of its posteriors alone, in half the space; xAR then trains on those instead of on samples."""
     image_size: optional(int, "PIXELS", "default: the model's own") = None
     """Resize and crop to this square."""
     batch_size: int = 64
@@ -60,6 +63,7 @@ class Tokenize:
             self.out,
             num_tokens=self.num_tokens,
             flips=not self.no_flips,
+            deviations=not self.no_deviations,
             batch_size=self.batch_size,
             source=self.data,
             rank=self.rank,

@@ -2,7 +2,8 @@
 
     tokens/index.json                  the plan: counts, layout, classes, which tokenizer (its digest)
     tokens/shard_00000.safetensors     ids [m, N], counts [m], labels [m], caption_ids [m]; with flips also flipped_ids, flipped_counts;
-                                       of a continuous tokenizer values [m, N, C] and flipped_values in place of ids, in half precision
+                                       of a continuous tokenizer values [m, N, C] and flipped_values in place of ids, in half precision;
+                                       of a VAE they are the posteriors' means, beside deviations [m, N, C] and flipped_deviations
     tokens/shard_00000.json            captions (each once) and names [m]
 
 Shard s holds images s * shard_size ... A shard is written aside and renamed, its .safetensors last: a shard that exists is complete. File
@@ -26,6 +27,8 @@ from vistok.tokens import TokenLayout, VisualTokens
 MAX_INDEX_BYTES = 4 * 2**20
 MAX_ROW_TEXT_BYTES = 16 * 2**10
 """Names and captions may take this much an image, which bounds what a reader parses."""
+NEWER_FIELDS = {1: {"code_dim", "has_deviations"}, 2: {"has_deviations"}, 3: set()}
+"""Fields of a plan that a format of the index does not know."""
 DATA_DTYPES = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16"}
 
 
@@ -46,6 +49,8 @@ class TokenPlan:
     classes: tuple[str, ...] = ()
     has_flips: bool = False
     """Whether the tokens of every mirrored image are stored too."""
+    has_deviations: bool = False
+    """Whether every value's standard deviation is stored too: what the tokenizer gives is a posterior."""
     shard_size: int = 8192
     """Images per shard."""
     source: str = ""
@@ -62,8 +67,11 @@ class TokenPlan:
         if self.num_tokens > self.layout.num_tokens:
             raise ValueError(f"num_tokens={self.num_tokens} but the layout has {self.layout.num_tokens}")
         texts = (self.tokenizer_digest, self.source, *self.classes)
-        if not isinstance(self.has_flips, bool) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("has_flips must be true or false; classes, tokenizer_digest and source must be text")
+        flags = (self.has_flips, self.has_deviations)
+        if not all(isinstance(flag, bool) for flag in flags) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("has_flips and has_deviations must be true or false; classes, tokenizer_digest and source must be text")
+        if self.has_deviations and self.code_dim is None:
+            raise ValueError("has_deviations=True but ids have no deviations")
 
     @property
     def num_shards(self) -> int:
@@ -94,23 +102,28 @@ class TokenPlan:
         for copy in copies:
             wanted[f"{copy}{self.data_name}"] = (shape, DATA_DTYPES[self.data_dtype])
             wanted[f"{copy}counts"] = ([m], "I64")
+            if self.has_deviations:
+                wanted[f"{copy}deviations"] = wanted[f"{copy}values"]
         return wanted
 
+    @property
+    def format(self) -> int:
+        """The oldest format that can say this: 1 knows ids alone, 2 values, 3 their deviations."""
+        return 1 if self.code_dim is None else 2 + self.has_deviations
+
     def to_dict(self) -> dict:
-        fields = asdict(self)
-        if self.code_dim is None:  # format 1 knows ids alone
-            fields.pop("code_dim")
-        return {"format": 1 if self.code_dim is None else 2, **fields}
+        known = {"format": self.format, **asdict(self)}
+        return {key: value for key, value in known.items() if key not in NEWER_FIELDS[self.format]}
 
     @classmethod
     def from_dict(cls, data: dict) -> "TokenPlan":
         """Raises ValueError: unknown or missing keys, or values out of range."""
-        known = {"format", *(field.name for field in fields(cls))}
-        if isinstance(data, dict) and data.get("format") == 1:
-            known -= {"code_dim"}
-        if not isinstance(data, dict) or set(data) != known or data["format"] not in (1, 2):
+        version = data.get("format") if isinstance(data, dict) else None
+        version = version if type(version) is int else 0
+        known = {"format", *(field.name for field in fields(cls))} - NEWER_FIELDS.get(version, set())
+        if not isinstance(data, dict) or set(data) != known or version not in NEWER_FIELDS:
             wrong = sorted(set(data) ^ known) if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"not an index of format 1 or 2 (unknown or missing: {wrong})")
+            raise ValueError(f"not an index of format 1, 2 or 3 (unknown or missing: {wrong})")
         try:
             layout = TokenLayout(data["layout"]["kind"], data["layout"]["shape"])
             return cls(**{**{key: data[key] for key in known - {"format"}}, "layout": layout, "classes": tuple(data["classes"])})
@@ -134,7 +147,7 @@ class TokenShards:
         index = self.folder / "index.json"
         if index.exists():
             begun = read_plan(self.folder).to_dict()
-            differing = sorted(key for key, value in plan.to_dict().items() if begun[key] != value)
+            differing = sorted(key for key, value in plan.to_dict().items() if begun.get(key) != value)
             if differing:
                 raise ValueError(f"{self.folder} was begun with other values of {', '.join(differing)}; choose an empty folder")
         elif any(self.folder.glob("shard_*")):
@@ -156,15 +169,21 @@ class TokenShards:
         captions: Sequence[str],
         names: Sequence[str],
         flipped: VisualTokens | None = None,
+        deviations: Tensor | None = None,
+        flipped_deviations: Tensor | None = None,
     ) -> Path:
         """Write one complete shard and return its path.
 
         tokens: of the images plan.rows(shard), ids or values as the plan says. flipped: of the same images mirrored, if the plan has flips.
+        deviations, flipped_deviations: [m, N, C] of the values of both, if the plan has deviations.
         Raises ValueError: something does not fit the plan.
         """
         m = len(self.plan.rows(shard))
         if (flipped is not None) != self.plan.has_flips:
             raise ValueError(f"the plan says has_flips={self.plan.has_flips}")
+        wanted = (self.plan.has_deviations, self.plan.has_deviations and self.plan.has_flips)
+        if (deviations is not None, flipped_deviations is not None) != wanted:
+            raise ValueError(f"the plan says has_deviations={self.plan.has_deviations}, has_flips={self.plan.has_flips}")
         if not m == len(labels) == len(captions) == len(names):
             raise ValueError(f"shard {shard} has {m} images, got {len(labels)} labels, {len(captions)} captions, {len(names)} names")
         table = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
@@ -172,7 +191,7 @@ class TokenShards:
             "labels": torch.as_tensor(labels, dtype=torch.int64).cpu().contiguous(),
             "caption_ids": torch.tensor([table[caption] for caption in captions], dtype=torch.int32),
         }
-        for copy, part in (("", tokens), ("flipped_", flipped)):
+        for copy, part, spread in (("", tokens, deviations), ("flipped_", flipped, flipped_deviations)):
             if part is not None:
                 name = self.plan.data_name
                 found = getattr(part, name)
@@ -184,6 +203,11 @@ class TokenShards:
                 data = torch.full(shape, -1 if name == "ids" else 0, dtype=self.plan.data_dtype)
                 data[:, : found.shape[1]] = found.cpu()
                 tensors |= {f"{copy}{name}": data, f"{copy}counts": part.counts.cpu().clone()}
+                if spread is not None:
+                    if spread.shape != part.values.shape:
+                        raise ValueError(f"deviations of shape {list(spread.shape)} for values of shape {list(part.values.shape)}")
+                    tensors[f"{copy}deviations"] = torch.zeros_like(data)
+                    tensors[f"{copy}deviations"][:, : spread.shape[1]] = spread.cpu()
         path = shard_path(self.folder, shard)
         _check_values(tensors, self.plan, f"shard {shard}")
         texts = json.dumps({"captions": list(table), "names": list(names)}, ensure_ascii=False)
@@ -196,8 +220,9 @@ class TokenFolder:
     """A complete token folder in memory: 4 bytes a token, N tokens a row; 2 C bytes a token of C values.
 
     ids: [n, N] int32 (int64 for codebooks beyond 2^31), -1 in the padding; None where the tokens are continuous.
-    values: [n, N, C] float16, 0 in the padding, or None. counts: [n] int64. labels: [n] int64, -1 when there is none.
-    flipped_ids, flipped_values, flipped_counts: the same of the mirrored images, or None. captions, names: n texts.
+    values: [n, N, C] float16, 0 in the padding, or None. deviations: of the values, alike, or None. counts: [n] int64.
+    labels: [n] int64, -1 when there is none.
+    flipped_ids, flipped_values, flipped_deviations, flipped_counts: the same of the mirrored images, or None. captions, names: n texts.
     classes, layout, codebook_size, plan: what index.json says.
     Raises FileNotFoundError: no index, or shards missing. ValueError: a file that does not fit the plan; the message names it.
     """
@@ -225,6 +250,7 @@ class TokenFolder:
         self.counts, self.labels, self.flipped_counts = columns["counts"], columns["labels"], columns.get("flipped_counts")
         self.ids, self.flipped_ids = columns.get("ids"), columns.get("flipped_ids")
         self.values, self.flipped_values = columns.get("values"), columns.get("flipped_values")
+        self.deviations, self.flipped_deviations = columns.get("deviations"), columns.get("flipped_deviations")
 
     def __len__(self) -> int:
         return self.plan.num_images
@@ -257,6 +283,16 @@ class TokenFolder:
         if flips is not None:
             ids = torch.where(flips[:, None], self.flipped_ids[indices].long(), ids)
         return VisualTokens(ids, None, counts, self.layout)
+
+    def read_deviations(self, indices: Sequence[int] | Tensor, *, flips: Tensor | None = None) -> Tensor | None:
+        """Standard deviations [B, N, C] float32 of the values that `read` gives, or None where the folder holds none."""
+        if self.deviations is None:
+            return None
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        found = self.deviations[indices]
+        if flips is not None:
+            found = torch.where(flips[:, None, None], self.flipped_deviations[indices], found)
+        return found.float()
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -321,6 +357,9 @@ def _check_values(tensors: dict[str, Tensor], plan: TokenPlan, where: str) -> No
         if plan.codebook_size is None:
             if not bool(data.isfinite().all()) or bool((data[~valid] != 0).any()):
                 raise ValueError(f"{where}: {copy}values must be finite in half precision, and be 0 in the padding")
+            spread = tensors.get(f"{copy}deviations")
+            if spread is not None and (not bool((spread.isfinite() & (spread >= 0)).all()) or bool((spread[~valid] != 0).any())):
+                raise ValueError(f"{where}: {copy}deviations must be finite in half precision, not negative, and 0 in the padding")
             continue
         ids = data
         if bool(((ids < 0) & valid).any()) or int(ids.max()) >= plan.codebook_size or bool(((ids != -1) & ~valid).any()):

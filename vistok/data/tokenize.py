@@ -26,6 +26,7 @@ def tokenize_dataset(
     *,
     num_tokens: int | None = None,
     flips: bool = True,
+    deviations: bool = True,
     batch_size: int = 64,
     source: str = "",
     rank: int = 0,
@@ -33,13 +34,16 @@ def tokenize_dataset(
 ) -> TokenFolder | None:
     """Write the tokens of every image of a data set and open the result; complete shards of an earlier, interrupted call are kept.
 
-    num_tokens: per image, all by default. flips: store the mirrored images' tokens too. rank, world_size: this process writes every
+    num_tokens: per image, all by default. flips: store the mirrored images' tokens too. deviations: of a VAE, store how far each value
+    spreads too, so that training can draw from the posteriors as papers do; twice the space. rank, world_size: this process writes every
     world_size-th shard; the folder is opened (not None) once all shards are there.
-    A continuous tokenizer's values are stored in half precision; a VAE's are the means of its posteriors.
+    A continuous tokenizer's values are stored in half precision; a VAE's are the means of its posteriors. A tokenizer of posteriors has
+    `encode_posterior`.
     Raises ValueError: an empty data set, or a folder begun by another tokenizer.
     """
     if not len(dataset):
         raise ValueError("there are no images to tokenize")
+    has_deviations = deviations and tokenizer.codebook_size is None and hasattr(tokenizer, "encode_posterior")
     plan = TokenPlan(
         num_images=len(dataset),
         num_tokens=num_tokens or tokenizer.max_tokens,
@@ -49,6 +53,7 @@ def tokenize_dataset(
         tokenizer_digest=tokenizer_digest(tokenizer),
         classes=tuple(dataset.classes),
         has_flips=flips,
+        has_deviations=has_deviations,
         source=source,
     )
     writer = TokenShards(folder, plan)
@@ -60,13 +65,16 @@ def tokenize_dataset(
         for start in tqdm(range(rows.start, rows.stop, batch_size), desc=label, disable=None):
             part = range(start, min(start + batch_size, rows.stop))
             images = from_uint8(torch.stack([dataset.read(row) for row in part])).to(device)
-            plain.append(_encode(tokenizer, images, num_tokens))
+            plain.append(_encode(tokenizer, images, num_tokens, has_deviations))
             if flips:
-                mirrored.append(_encode(tokenizer, images.flip(-1), num_tokens))
+                mirrored.append(_encode(tokenizer, images.flip(-1), num_tokens, has_deviations))
+        (tokens, spread), (flipped, flipped_spread) = _joined(plain), _joined(mirrored)
         writer.write(
             shard,
-            VisualTokens.stack(plain),
-            flipped=VisualTokens.stack(mirrored) if flips else None,
+            tokens,
+            flipped=flipped,
+            deviations=spread,
+            flipped_deviations=flipped_spread,
             labels=[dataset.labels[row] for row in rows],
             captions=[dataset.captions[row] for row in rows],
             names=[dataset.names[row] for row in rows],
@@ -74,8 +82,21 @@ def tokenize_dataset(
     return TokenFolder(folder) if not writer.missing else None
 
 
-def _encode(tokenizer: "ImageTokenizer", images: Tensor, num_tokens: int | None) -> VisualTokens:
-    return tokenizer.encode(images, num_tokens=num_tokens).to("cpu")
+def _encode(
+    tokenizer: "ImageTokenizer", images: Tensor, num_tokens: int | None, has_deviations: bool
+) -> tuple[VisualTokens, Tensor | None]:
+    if not has_deviations:
+        return tokenizer.encode(images, num_tokens=num_tokens).to("cpu"), None
+    tokens, deviations = tokenizer.encode_posterior(images, num_tokens=num_tokens)
+    return tokens.to("cpu"), deviations.cpu()
+
+
+def _joined(parts: list[tuple[VisualTokens, Tensor | None]]) -> tuple[VisualTokens | None, Tensor | None]:
+    """The batches of a shard as one."""
+    if not parts:
+        return None, None
+    tokens, deviations = zip(*parts)
+    return VisualTokens.stack(tokens), None if deviations[0] is None else torch.cat(deviations)
 
 
 def tokenizer_digest(tokenizer) -> str:

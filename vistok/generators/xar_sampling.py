@@ -1,6 +1,7 @@
 """Sampling of xAR: entity after entity out of noise, those before it clean at t = 0 (Ren et al. 2025, arXiv 2502.20388, section 3.3).
 
-    x_e ~ noise;   for t from 1 to 0:  v = u + s_e (c - u),  c, u = network(clean entities before e, x_e at t; class or null);   step x_e
+    x_e ~ noise;   for t from 1 to 0:  v = u + s_e (c - u),  c, u = network(y_0 .. y_e-1, x_e at t; class or null);   step x_e
+    y_e = x_e at t = 0;   ours, where context_time r > 0:  y_e = (1 - r) x_e + r noise at t = r, as noisy context learning has seen it
 
 What the steps share is done once: modulations for each (class, time); keys and values of finished entities, which enter the cache with
 the first step of the entity behind them; and the unconditional half runs only where its velocity, or later its context, is needed.
@@ -40,6 +41,8 @@ class FlowSampling:
     """Steps of the last entity, linear in between: later entities need fewer (DiSA, arXiv 2505.20297: 50 to 15). None: as the first."""
     solver: Literal["euler", "euler_maruyama"] = "euler_maruyama"
     """The ordinary differential equation, or the stochastic process of the same marginals, which xAR's figures are of."""
+    context_time: float | None = None
+    """Time at which finished entities are shown to those behind them, with that much noise; None: the model's, 0 is clean."""
     last_time: float = 0.04
     """Time at which the stochastic process ends; one step without noise leads from there to 0."""
 
@@ -48,6 +51,8 @@ class FlowSampling:
             raise ValueError(f"solver={self.solver!r}; allowed: euler, euler_maruyama")
         if self.num_steps < 1 or (self.final_steps is not None and self.final_steps < 1):
             raise ValueError(f"num_steps={self.num_steps} and final_steps={self.final_steps} must be at least 1")
+        if self.context_time is not None and not 0 <= self.context_time < 1:
+            raise ValueError(f"context_time={self.context_time} must be at least 0 and below 1")
         if not 0 < self.last_time < 1:
             raise ValueError(f"last_time={self.last_time} must be between 0 and 1")
 
@@ -98,6 +103,9 @@ class Sampler:
         if not all(1 <= scale < float("inf") for scale in self.scales):
             raise ValueError(f"guidance_scale must be at least 1 everywhere, got {min(self.scales)} to {max(self.scales)}")
         self.slots = torch.zeros(B, order.num_slots, self.model.code_dim, device=self.model.device)
+        asked = self.sampling.context_time
+        self.context_time = self.model.settings.context_time if asked is None else asked
+        self.context = self.slots.clone() if self.context_time else self.slots  # what later entities are shown
         self.first = 0
         if self.prefix is not None:
             if self.prefix.ndim != 3 or self.prefix.shape[::2] != self.slots.shape[::2]:
@@ -121,7 +129,9 @@ class Sampler:
         if is_guided:  # the null class, for the second half of the rows
             self.row = torch.cat([self.row, torch.full_like(self.row, len(labels))])
             labels = F.pad(labels, (0, 1), value=NULL)
-        numbers = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), *(time_index(times[:-1]) for times in self.times)]).unique()
+        self.context_index = int(time_index(torch.tensor(self.context_time, device="cpu")))
+        fixed = torch.tensor([0, self.context_index], device="cpu")  # of the caption, and of finished entities
+        numbers = torch.cat([fixed, *(time_index(times[:-1]) for times in self.times)]).unique()
         indices = numbers.to(labels.device).expand(len(labels), -1)
         self.column = {number: place for place, number in enumerate(numbers.tolist())}
         self.tables = self.model.modulations(indices, labels)  # of each block, [classes, times, 6, D]
@@ -138,6 +148,7 @@ class Sampler:
                 if self.generators is not None:  # drawn all the same, so that what follows is as in an unbroken run
                     for number in range(self._num_draws(times)):
                         draw(number)
+                self._show(entity, draw)
                 continue
             velocity = partial(self._velocity, entity)
             if self.sampling.solver == "euler":
@@ -147,6 +158,7 @@ class Sampler:
             if self.snap is not None and (not order.is_pyramid or entity + 1 == order.num_entities):  # averages of codes are no codes
                 x = self.model.normalise(self.snap(self.model.denormalise(x)))
             self.slots[:, order.entity(entity)] = x
+            self._show(entity, draw)
             if on_step is not None:
                 on_step(entity, self.model.denormalise(self.slots[:, : order.ends[entity]]))
         values = self.model.denormalise(self.slots)
@@ -154,6 +166,12 @@ class Sampler:
             values = values[:, : order.ends[self.last - 1]]
             return VisualTokens.from_values(values, order.layout)
         return VisualTokens.from_values(order.unpack(values), order.layout)
+
+    def _show(self, entity: int, draw: Callable[[int], Tensor]) -> None:
+        """Put a finished entity where later ones see it."""
+        if self.context_time and entity + 1 < self.model.order.num_entities:
+            where, t = self.model.order.entity(entity), self.context_time
+            self.context[:, where] = (1 - t) * self.slots[:, where] + t * draw(self._num_draws(self.times[entity]))
 
     def _num_draws(self, times: Tensor) -> int:
         return 1 if self.sampling.solver == "euler" else len(times) - 1
@@ -173,9 +191,10 @@ class Sampler:
         # unconditional rows run where guidance needs their velocity now, or will need their context later
         both = is_guided or ((fresh or is_first) and any(scale > 1 for scale in self.scales[entity : self.last]))
         halves = 2 if both else 1
-        slots = torch.cat([self.slots[:, known:begin], x], dim=1).repeat(halves, 1, 1).to(self.model.out.weight.dtype)
+        slots = torch.cat([self.context[:, known:begin], x], dim=1).repeat(halves, 1, 1).to(self.model.out.weight.dtype)
         number = int(time_index(self.times[entity][step]))
-        columns = torch.tensor([self.column[0]] * (fresh + is_first) + [self.column[number]], device=x.device)
+        shown = [self.column[0]] * is_first + [self.column[self.context_index]] * fresh
+        columns = torch.tensor([*shown, self.column[number]], device=x.device)
         rows = self.row[: halves * B, None]
         view = cache
         if len(rows) < cache.batch_size:

@@ -108,6 +108,13 @@ class TiTok(VisualModel):
             return VisualTokens.from_ids(self.quantizer.nearest(self.encode_registers(images)), self.layout)
         return VisualTokens.from_values(self._sampled(*self.posterior(images), generators), self.layout)
 
+    @torch.no_grad()
+    def encode_posterior(self, images: Tensor, *, num_tokens: int | None = None) -> tuple[VisualTokens, Tensor]:
+        """Of a VAE what `encode` gives without generators, and each value's standard deviation [B, N, d]. Raises as `encode`."""
+        check_num_tokens(num_tokens, low=self.min_tokens, high=self.max_tokens, name=type(self).__name__)
+        mean, logvar = self.posterior(images)
+        return VisualTokens.from_values(mean, self.layout), torch.exp(0.5 * logvar)
+
     @staticmethod
     def _sampled(mean: Tensor, logvar: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         if generators is None:

@@ -106,6 +106,13 @@ class KLVAE(VisualModel):
             mean = mean + torch.exp(0.5 * logvar) * randn(mean.shape[1:], generators, device=mean.device, dtype=mean.dtype)
         return mean * self.settings.scaling_factor
 
+    @torch.no_grad()
+    def encode_posterior(self, images: Tensor, *, num_tokens: int | None = None) -> tuple[VisualTokens, Tensor]:
+        """What `encode` gives without generators, and each value's standard deviation [B, h*w, C], scaled alike. Raises as `encode`."""
+        mean, logvar = self.posterior(images)
+        means, deviations = mean * self.settings.scaling_factor, torch.exp(0.5 * logvar) * self.settings.scaling_factor
+        return _as_tokens(means, num_tokens), deviations.flatten(2).transpose(1, 2)
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], unclamped, of scaled latents [B, C, h, w]."""
         folded = self.vae.decode(latents.to(self.vae.dtype) / self.settings.scaling_factor).sample
@@ -117,11 +124,7 @@ class KLVAE(VisualModel):
 
         Raises ValueError: num_tokens is not the grid's size (a VAE has no shorter form).
         """
-        latents = self.encode_latents(images, generators=generators)
-        h, w = latents.shape[-2:]
-        if num_tokens not in (None, h * w):
-            raise ValueError(f"num_tokens={num_tokens} but this VAE makes exactly {h * w} tokens of such an image")
-        return VisualTokens.from_values(latents.flatten(2).transpose(1, 2), TokenLayout("grid", (h, w)))
+        return _as_tokens(self.encode_latents(images, generators=generators), num_tokens)
 
     @torch.no_grad()
     def decode(self, tokens: VisualTokens, *, generators: Sequence[torch.Generator] | None = None) -> Tensor:
@@ -134,6 +137,14 @@ class KLVAE(VisualModel):
     def embed(self, ids: Tensor) -> Tensor:
         """Raises ValueError: a continuous tokenizer has no ids."""
         raise ValueError("a KL-VAE has no codebook, so there are no ids to embed")
+
+
+def _as_tokens(latents: Tensor, num_tokens: int | None) -> VisualTokens:
+    """Values [B, h*w, C] of latents [B, C, h, w]. Raises ValueError: another number of tokens is asked for."""
+    h, w = latents.shape[-2:]
+    if num_tokens not in (None, h * w):
+        raise ValueError(f"num_tokens={num_tokens} but this VAE makes exactly {h * w} tokens of such an image")
+    return VisualTokens.from_values(latents.flatten(2).transpose(1, 2), TokenLayout("grid", (h, w)))
 
 
 @register

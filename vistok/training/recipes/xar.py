@@ -10,7 +10,10 @@ from vistok.training.recipes.registry import Recipe, Sources, recipe
 from vistok.training.recipes.shared import imagenet_config, tiny_config
 from vistok.training.task import TrainingTask
 
-XAR_EMOJI = dict(width=144, encoder_depth=2, decoder_depth=2, num_heads=3, hidden=288, text="hash", caption_tokens=7, caption_buckets=1024)
+XAR_EMOJI = dict(
+    width=144, encoder_depth=2, decoder_depth=2, num_heads=3, hidden=288, text="hash", caption_tokens=7, caption_buckets=1024,
+    context_time=0.2,
+)  # fmt: skip
 XAR_EMOJI_16 = {**XAR_EMOJI, "width": 128, "decoder_depth": 1, "num_heads": 4, "hidden": 256}
 _OPTIONS = frozenset({"values", "order", "context"})
 STATISTICS_IMAGES = 10_000  # at most so many images measure mean and deviation of the channels
@@ -86,7 +89,7 @@ class XARBuild:
         from vistok.generators import OrderConfig, XARConfig
 
         text = self.shape.get("text", "none") if has_captions else "none"
-        return XARConfig(order=OrderConfig.parse(order, layout), **fields, **{**self.shape, "text": text})
+        return XARConfig(order=OrderConfig.parse(order, layout), **{**self.shape, "text": text, **fields})
 
     def __call__(self, sources: Sources) -> TrainingTask:
         from vistok.decoding.flow import code_table
@@ -100,6 +103,8 @@ class XARBuild:
         mean, deviation = channel_statistics(tokens, code_table(parts["tokenizer"]))
         classes = tuple(tokens.classes)
         fields = dict(code_dim=len(mean), num_classes=len(classes), classes=classes, value_mean=mean, value_deviation=deviation)
+        if sources.context == "clean":  # then it has seen no other in training
+            fields["context_time"] = 0.0
         config = self.config(layout, order=sources.order, has_captions=any(tokens.captions), **fields)
         options = self.task | ({} if sources.context is None else {"context": sources.context})
         return XARTask(XAR(config), XARTaskConfig(**options), **parts)
@@ -113,6 +118,7 @@ def xar_task(shape: dict[str, Any], **task) -> XARBuild:
 def channel_statistics(tokens, codes) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of a token folder's values, or of its ids' vectors in codes [K, C].
 
+    Values that have deviations of their own count as drawn with them: variance = variance of the means + mean of the variances.
     Raises ValueError: a channel is constant, or ids without codes.
     """
     import torch
@@ -122,7 +128,10 @@ def channel_statistics(tokens, codes) -> tuple[tuple[float, ...], tuple[float, .
     rows = torch.linspace(0, len(tokens) - 1, min(len(tokens), STATISTICS_IMAGES)).long()
     found = tokens.read(rows)
     values = (found.values if found.ids is None else codes.cpu()[found.ids.clamp(min=0)])[found.mask].double()
-    deviation = values.std(0, correction=0)
+    spread, variance = tokens.read_deviations(rows), values.var(0, correction=0)
+    if spread is not None:
+        variance = variance + spread[found.mask].double().square().mean(0)
+    deviation = variance.sqrt()
     if not bool((deviation > 0).all()):
         raise ValueError(f"channel {int(deviation.argmin())} of the tokens is the same everywhere: nothing to learn there")
     return tuple(values.mean(0).tolist()), tuple(deviation.tolist())

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+
+from vistok import rng
 from vistok.data.order import SampleOrder, augmentation
 from vistok.data.shards import TokenFolder
 from vistok.decoding import SamplingConfig, generate
@@ -25,8 +27,6 @@ from vistok.image import make_grid
 from vistok.pipelines import TokenImagePipeline
 from vistok.training.config import TrainConfig
 from vistok.training.task import TrainingTask
-
-from vistok import rng
 
 logger = logging.getLogger("vistok")
 
@@ -77,6 +77,8 @@ class TokenBatch:
     indices: Tensor
     positions: Tensor
     values: Tensor | None = None
+    deviations: Tensor | None = None
+    """Of values that are means of posteriors, [B, N, C]; None where the folder does not say."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,6 +138,7 @@ def read_batch(tokens: TokenFolder, rows: Sequence[int], *, flips: Tensor | None
     return TokenBatch(
         ids=found.ids,
         values=found.values,
+        deviations=tokens.read_deviations(indices, flips=flips),
         labels=tokens.labels[indices],
         captions=[tokens.captions[i] for i in rows],
         indices=indices,

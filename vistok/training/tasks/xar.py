@@ -3,8 +3,9 @@
     x_e,t = (1 - t_e) x_e + t_e noise,  t_e = sigmoid(normal), each entity its own;   loss = mean |v - (noise - x)|^2
     context "noisy": an entity sees those before it as x_e,t (noisy context learning);  "clean": as they are (teacher forcing)
 
-Ren et al. 2025 (arXiv 2502.20388), section 3.2. Of a tokenizer of ids the values are its code vectors. Every draw is from the sample's own
-generator. B images, N tokens, S slots, E entities, C channels, K codes, L blocks, D width.
+Ren et al. 2025 (arXiv 2502.20388), section 3.2. Of a VAE x is drawn from the posterior, where the token folder holds its deviations, as in
+the paper; of a tokenizer of ids it is code vectors. Every draw is from the sample's own generator.
+B images, N tokens, S slots, E entities, C channels, K codes, L blocks, D width.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
+
+from vistok import rng
 from vistok.data.shards import TokenFolder
 from vistok.decoding.flow import code_table, generate_values
 from vistok.generators import XAR, Condition, FlowSampling
 from vistok.image import make_grid
-
-from vistok import rng
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenBatch, read_batch, spread_rows
 
 
@@ -60,9 +61,14 @@ class XARTask(GeneratorTask):
         if int(tokens.counts.min()) < plan.num_tokens:
             raise ValueError(f"an image has {int(tokens.counts.min())} tokens; xAR needs all {plan.num_tokens} of each")
 
-    def slots(self, batch: TokenBatch) -> Tensor:
-        """What the network is to make, [B, S, C]: values or code vectors, normalised, in the model's order."""
+    def slots(self, batch: TokenBatch, generators: Sequence[torch.Generator]) -> Tensor:
+        """What the network is to make, [B, S, C]: values or code vectors, normalised, in the model's order.
+
+        generators: draw from posteriors, where the batch holds their deviations.
+        """
         values = batch.values if batch.ids is None else self.codes.to(batch.ids.device)[batch.ids]
+        if batch.deviations is not None:
+            values = values + batch.deviations * rng.randn(values.shape[1:], generators, device=values.device)
         return self.model.order.pack(self.model.normalise(values.float()))
 
     def draw(self, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -88,7 +94,7 @@ class XARTask(GeneratorTask):
         """Clean slots, a thinned condition, and what is drawn: all that is not the network."""
         condition, keep = self.thin(self.condition(batch), generators)
         noise, times = self.draw(generators)
-        return self.slots(batch), condition, dict(noise=noise, times=times, keep=keep)
+        return self.slots(batch, generators), condition, dict(noise=noise, times=times, keep=keep)
 
     def forward(self, batch: TokenBatch, generators: Sequence[torch.Generator], step: int | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the velocity."""
@@ -103,9 +109,10 @@ class XARTask(GeneratorTask):
         """
         total = num_images = 0
         for rows, batch in self.held_out_batches(batch_size):
-            noise, times = self.draw(rng.image_generators(0, rows))
+            generators = rng.image_generators(0, rows)
+            noise, times = self.draw(generators)
             how = dict(noise=noise, times=times, context=context or self.config.context)
-            total += self.model.denoising_loss(self.slots(batch), self.condition(batch), **how).sum().item()
+            total += self.model.denoising_loss(self.slots(batch, generators), self.condition(batch), **how).sum().item()
             num_images += len(batch)
         return total / num_images
 

@@ -11,8 +11,10 @@ from vistok.decoding import SamplingConfig, generate, tuning
 from vistok.decoding.accept import make_rule
 from vistok.decoding.draft import TreeShape
 from vistok.decoding.drafters import make_drafter
+from vistok.decoding.growth import Growth
 from vistok.decoding.speculative import speculate
-from vistok.decoding.tuning import Memory, Pace
+from vistok.decoding.trees import TreeTemplate
+from vistok.decoding.tuning import CostTable, Memory, Pace
 from vistok.decoding.uniforms import Uniforms
 from vistok.layers.placement import PlacedCache
 
@@ -50,6 +52,7 @@ DRAFTERS = {
     "model tree": dict(shape="tree", length=3, width=2),
     "model beams": dict(shape="beams", length=3, width=3),
     "model best": dict(shape="best", length=3, width=3, num_tokens=7),
+    "model auto": dict(shape="auto", length=3, num_tokens=8),
 }
 
 
@@ -205,15 +208,17 @@ def test_a_path_that_was_kept_leaves_the_cache_as_if_it_had_been_read_in_order(k
     assert torch.allclose(after[0, 0], expected[0, 6], atol=1e-4) and torch.allclose(after[1, 0], expected[1, 7], atol=1e-4)
 
 
-def paced(times, accepts, *, most=4, num_tokens=64, can_shorten=True, t0=1.0):
+def paced(times, accepts, *, most=4, num_tokens=64, can_shorten=True):
     """A Pace after a call whose step with m draft tokens takes times[m] and accepts `accepts` of them at most; and what the call cost."""
-    pace, progress, seconds, counts = Pace(most, num_tokens, t0, can_shorten=can_shorten), 0, 0.0, torch.zeros(most + 1)
+    plans = {n: TreeTemplate.chain(n) for n in range(1, most + 1)} if can_shorten else {most: None}
+    pace, progress, seconds = Pace(plans, num_tokens, CostTable({1: 1.0}), only_shorter=True), 0, 0.0
     while progress < num_tokens and pace.budget:
-        accepted = min(accepts, pace.budget)
-        progress, seconds = progress + accepted + 1, seconds + times[pace.budget]
-        counts[accepted] += 1
-        pace.note(times[pace.budget], progress, lambda: counts)
-    return pace, seconds + t0 * (num_tokens - progress)
+        m = pace.budget
+        accepted = min(accepts, m)
+        progress, seconds = progress + accepted + 1, seconds + times[m]
+        path = torch.tensor([[*range(accepted + 1), *[-1] * (m - accepted)]])
+        pace.note(times[m], progress, path, torch.tensor([accepted + 1]))
+    return pace, seconds + (num_tokens - progress)
 
 
 @pytest.mark.parametrize("full", [1.1, 1.5, 4.0])
@@ -225,10 +230,81 @@ def test_drafting_that_gains_nothing_ends_before_it_costs_five_percent(full):
 
 def test_a_chain_becomes_as_long_as_pays_and_a_tree_stays_whole():
     pace, cost = paced([1, 1.2, 1.4, 1.6, 1.8], 2)
-    assert pace.budget == 2 and cost < 40
+    assert pace.budget == 2 and cost < 40 and "a chain of 2" in pace.decision
     pace, _ = paced([1, 1.2, 1.4, 1.6, 1.8], 2, can_shorten=False)
-    assert pace.budget == 4
+    assert pace.budget == 4 and "a tree of 4" in pace.decision
     assert pace.break_even == pytest.approx(1.8)
+
+
+def simulated(costs, chances, *, num_tokens=576, calls=1, seed=0):
+    """Paces of calls with the drafts of shape="auto", and each call's time over the plain loop's; the first call has all to find out.
+
+    A pass over n tokens costs costs(n), a level of a draft 0.02 more, and the child of rank k is accepted with chances[k].
+    """
+    plans, generator, memory, found = Growth(shape="auto", length=4).plans, torch.Generator().manual_seed(seed), Memory(), []
+    table = CostTable({1: costs(1)})
+
+    def measure(n):
+        table.known[n] = costs(n)
+        return costs(n)
+
+    for _ in range(calls):
+        if not memory.should_try():
+            found.append((None, 1.0))
+            continue
+        pace = Pace(plans, num_tokens, table, start=memory.best or 4, seen=memory.seen, measure=measure)
+        progress = seconds = 0
+        while progress < num_tokens and pace.budget:
+            template, path = plans[pace.budget], [0]
+            while True:
+                children = [node for node, parent in enumerate(template.parents) if parent == path[-1]]
+                rank = int(torch.multinomial(torch.tensor([*chances, 1 - sum(chances)]), 1, generator=generator))
+                if rank >= len(children) or rank == len(chances):
+                    break
+                path.append(children[rank])
+            took = costs(pace.budget + 1) + 0.02 * template.levels[-1]
+            progress, seconds = progress + len(path), seconds + took
+            padded = path + [-1] * (template.levels[-1] + 1 - len(path))
+            pace.note(took, progress, torch.tensor([padded]), torch.tensor([len(path)]))
+        memory.learn(pace)
+        measured = sum(v for n, v in table.known.items() if n > 1) if not found else 0
+        found.append((pace, (seconds + measured + max(num_tokens - progress, 0)) / num_tokens))
+    return found
+
+
+HALF = (0.5, 0.2, 0.1, 0.05)
+
+
+def test_where_many_tokens_cost_no_more_than_one_a_tree_is_chosen():
+    ((pace, cost),) = simulated(lambda n: 1 + 0.002 * n, HALF)
+    assert pace.budget >= 12 and "a tree of" in pace.decision and cost < 0.55
+
+
+def test_where_every_token_costs_a_short_chain_is_chosen_and_no_tree_is_tried():
+    ((pace, cost),) = simulated(lambda n: 1 + 0.2 * (n - 1), HALF)
+    assert pace.budget <= 3 and "a chain of" in pace.decision and cost < 0.95
+    assert max(m for m in pace.plans if pace.seen.seconds(m) is not None) <= 4
+
+
+@pytest.mark.parametrize("slope", [0.002, 0.2, 1.0])
+@pytest.mark.parametrize("num_tokens", [64, 576])
+def test_a_hopeless_drafter_is_left_and_costs_less_than_five_percent(slope, num_tokens):
+    found = simulated(lambda n: 1 + slope * (n - 1), (0.0, 0.0), num_tokens=num_tokens, calls=8)
+    assert "plain decoding" in found[0][0].decision and found[0][0].budget == 0
+    assert all(cost <= 1.05 or slope == 1.0 and cost * num_tokens <= num_tokens + 5 for _, cost in found)
+    assert sum(cost for _, cost in found) <= 8 * 1.02
+
+
+def test_a_tree_that_disappoints_is_left_for_the_chain_that_paid():
+    # each rank but the first is hopeless, which is only found out by trying a tree
+    ((pace, cost),) = simulated(lambda n: 1 + 0.004 * n, (0.7, 0.0, 0.0))
+    assert "a chain of 4" in pace.decision and cost < 0.6
+    assert any(pace.seen.seconds(m) is not None for m in pace.plans if m > 4)
+
+
+def test_the_next_call_starts_with_the_draft_that_paid():
+    (first, _), (second, cost) = simulated(lambda n: 1 + 0.002 * n, HALF, num_tokens=256, calls=2)
+    assert second.budget > 4 and cost < 0.5 and second.seen is first.seen
 
 
 def test_after_a_loss_calls_stay_plain_ever_longer_until_drafting_pays():
@@ -266,6 +342,19 @@ def test_unconditional_rows_are_dropped_once_guidance_has_ended(case):
     plain, _ = generate(model, condition(model, 4), generators=rng.image_generators(0, 4), sampling=GREEDY, guidance_scale=until_6)
     assert torch.equal(first.ids, plain.ids) and torch.equal(first.ids, second.ids)
     assert dropped[0] == 8 and dropped[-1] == 4 and sum(dropped) < sum(rows)
+
+
+@pytest.mark.parametrize("case, option", [("model auto", None), ("recycling wide", None), ("model", "auto")])
+def test_a_draft_that_is_left_open_is_chosen_and_the_stats_say_how(case, option):
+    model = make()
+    plain, _ = generate(model, condition(model, 4), generators=rng.image_generators(0, 4), sampling=GREEDY)
+    for _ in range(3):  # the later calls begin with what the earlier ones found
+        tokens, stats = run(model, case, sampling=GREEDY, num_draft_tokens=option)
+        assert torch.equal(tokens.ids, plain.ids)
+        assert any(word in stats.summary() for word in ("a chain of", "a tree of", "plain decoding", "too few steps"))
+    if case != "model":
+        with pytest.raises(ValueError, match="makes 1, 2"):
+            run(model, case, num_draft_tokens=5)
 
 
 def test_finding_the_length_changes_no_token_of_drafts_that_are_not_drawn():

@@ -76,14 +76,13 @@ def test_one_image_is_walked_as_many_are(name, drawn, kind):
         M, D = draft.shape.num_tokens, draft.shape.depth
         p = laws(1, M + 1, seed=1000 + i)
         if draft.q is not None:
-            p = torch.cat(
-                [0.5 * p[:, : draft.q.shape[1]] + 0.5 * draft.q, p[:, draft.q.shape[1] :]], dim=1
-            )  # or next to nothing is accepted
+            known = draft.q.shape[1]
+            p = torch.cat([0.5 * p[:, :known] + 0.5 * draft.q, p[:, known:]], dim=1)  # or next to nothing is accepted
         coins, uniforms = (torch.rand(1, n, generator=generator, dtype=torch.float64) for n in (M, D + 1))
         options = dict(coins=coins, position_uniforms=uniforms, active=torch.tensor([i != 7]), room=torch.tensor([1 + i % 4]))
-        slow = walk(draft, lambda node: p[[0], node], rule, **options)
+        slow = walk(draft, lambda node, p=p: p[[0], node], rule, **options)
         for fast in (
-            walk_one(draft, lambda node: p[:, node], rule, **options),
+            walk_one(draft, lambda node, p=p: p[:, node], rule, **options),
             *([walk_chain(draft, p, rule, **options)] if kind == "chain" and i != 7 else []),
         ):
             assert torch.equal(fast.path, slow.path) and torch.equal(fast.emitted, slow.emitted)

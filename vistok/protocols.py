@@ -87,7 +87,8 @@ class Drafter(Protocol):
 
     name: str
     num_nodes: int
-    """The most draft tokens of a step."""
+    """The most draft tokens of a step. A drafter with several shapes to choose from also has `plans`, their `TreeTemplate`s by number of
+    tokens: `propose` then gets one of these numbers, and `decoding.tuning` finds out which of them pays."""
 
     def start(self, state: "DecodingState") -> None:
         """A new batch: the target has read the condition, and each image has its first token."""

@@ -20,6 +20,7 @@ B images, W nodes of a level, F nodes shown before, M draft tokens, V vocabulary
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -180,26 +181,39 @@ class Growth:
     """Which of the shapes above a drafter grows, and how large."""
 
     shape: str = "chain"
-    """"chain"; "tree", a fixed one of draws without replacement (RSD-C); "beams" (RSD-S); "best" (EAGLE-2)."""
+    """"chain"; "tree", a fixed one of draws without replacement (RSD-C); "beams" (RSD-S); "best" (EAGLE-2); "auto", a chain or a tree as
+    large as pays, which `decoding.tuning` finds out."""
     length: int = 4
     """Levels: the longest path."""
     width: int = 1
     """Children of the root in a "tree", whose other nodes have one; beams; nodes that "best" expands a level."""
     num_tokens: int = 0
-    """Tokens that "best" keeps; 0: length * width of them."""
+    """Tokens that "best" keeps; 0: length * width of them. Of the largest tree of "auto"; 0: 12 * length."""
 
     def __post_init__(self):
-        if self.shape not in ("chain", "tree", "beams", "best"):
-            raise ValueError(f"shape={self.shape!r} but drafts grow as chain, tree, beams or best")
+        if self.shape not in ("chain", "tree", "beams", "best", "auto"):
+            raise ValueError(f"shape={self.shape!r} but drafts grow as chain, tree, beams, best or auto")
         if self.length < 1 or self.width < 1:
             raise ValueError(f"length={self.length} and width={self.width} must be at least 1")
-        if self.shape == "chain" and self.width != 1:
-            raise ValueError(f"a chain has width 1, not {self.width}; shape='tree', 'beams' or 'best' have more")
+        if self.shape in ("chain", "auto") and self.width != 1:
+            raise ValueError(f"shape={self.shape!r} has width 1, not {self.width}; shape='tree', 'beams' or 'best' have more")
 
     @property
     def num_nodes(self) -> int:
-        """M."""
+        """M, of the largest draft."""
+        if self.shape == "auto":
+            return max(self.num_tokens or 12 * self.length, self.length)
         return self.num_tokens if self.shape == "best" and self.num_tokens else self.length * self.width
+
+    @cached_property
+    def plans(self) -> dict[int, TreeTemplate] | None:
+        """Of "auto": the drafts there are to choose from, by their number of tokens; chains up to `length`, then trees. None of others."""
+        if self.shape != "auto":
+            return None
+        chains, largest, sizes = {n: TreeTemplate.chain(n) for n in range(1, self.length + 1)}, self.num_nodes, []
+        while largest > self.length:
+            sizes, largest = [largest, *sizes], largest // 2
+        return chains | {n: TreeTemplate.likely(n, self.length) for n in sizes}
 
     @property
     def template(self) -> TreeTemplate:
@@ -207,8 +221,16 @@ class Growth:
         return TreeTemplate.from_choices([(rank, *[0] * depth) for rank in range(self.width) for depth in range(self.length)])
 
     def grow(self, expand: Expand, state, budget: int) -> Draft:
-        """The draft of one step. A chain may be cut to `budget` tokens; the others are as large as they are made."""
-        if self.shape == "chain":
+        """The draft of one step. A chain may be cut to `budget` tokens, which of "auto" says the plan; the others are as large as they are.
+
+        Raises ValueError: "auto" has no plan of that many tokens.
+        """
+        if self.plans is not None:
+            if budget not in self.plans:
+                raise ValueError(f"num_draft_tokens={budget} but this drafter makes {', '.join(map(str, self.plans))} tokens")
+            if budget > self.length:
+                return grow_template(expand, state.root, self.plans[budget], state.uniforms(budget))
+        if self.shape in ("chain", "auto"):
             return grow_chain(expand, state.root, state.uniforms(budget))
         if self.shape == "tree":
             return grow_template(expand, state.root, self.template, state.uniforms(self.num_nodes))

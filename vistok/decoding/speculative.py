@@ -26,7 +26,8 @@ from vistok.decoding.generate import WORTH_PACKING, guidance_schedule
 from vistok.decoding.sampling import SamplingConfig, sample
 from vistok.decoding.state import DecodingState, TargetPass
 from vistok.decoding.stats import SpeculationStats, Tally
-from vistok.decoding.tuning import Memory, Pace, clock_for, memory_of, plain_seconds
+from vistok.decoding.trees import TreeTemplate
+from vistok.decoding.tuning import Memory, Pace, clock_for, cost_table, memory_of
 from vistok.decoding.uniforms import GivenUniforms, Uniforms
 from vistok.decoding.walk import Verdict, walk, walk_chain
 from vistok.decoding.walk_one import walk_one
@@ -99,12 +100,16 @@ def speculate(
     state = read_prefix(model, condition, B, num_tokens=N, margin=M + 1, sampling=sampling, guidance_scale=guidance_scale, stream=stream)
     _first_token(state, of_position)
     run = _Run(state, drafter, rule, of_position, on_step)
-    with packed_linears(model, state.num_rows * (M + 1)) if N >= WORTH_PACKING else nullcontext():
+    memory = memory_of(model, drafter, (M, num_draft_tokens, N, str(rule), sampling, state.num_rows))
+    plans, first = getattr(drafter, "plans", None), M
+    if plans and not isinstance(num_draft_tokens, int):
+        first = memory.best or max(n for n, plan in plans.items() if plan.levels[-1] == n)  # the longest chain
+    with packed_linears(model, state.num_rows * (first + 1)) if N >= WORTH_PACKING else nullcontext():
         if M and N > 1:
             run.draft(
-                M,
-                paces=lambda draft: num_draft_tokens == "auto" or (num_draft_tokens is None and _is_free(draft, rule, sampling)),
-                memory=memory_of(model, drafter, (M, num_draft_tokens, N, str(rule), sampling, state.num_rows)),
+                first,
+                paces=lambda draft: num_draft_tokens == "auto" or (num_draft_tokens is None and (plans or _is_free(draft, rule, sampling))),
+                memory=memory,
             )
         run.finish()
     ids = state.ids[:, :N].clone()
@@ -126,11 +131,11 @@ class _Run:
         if not memory.should_try():
             self.pace = memory
             return
-        self._draft(budget, paces)
+        self._draft(budget, paces, memory)
         if self.pace is not None:
             memory.learn(self.pace)
 
-    def _draft(self, budget: int, paces: Callable[[Draft], bool]) -> None:
+    def _draft(self, budget: int, paces: Callable[[Draft], bool], memory: Memory) -> None:
         state, drafter, N = self.state, self.drafter, self.state.num_tokens
         clock = clock_for(state.ids.device)
         began = clock()
@@ -138,10 +143,7 @@ class _Run:
         draft = drafter.propose(state, budget)
         drafting = clock() - began
         if paces(draft):
-            with packed_linears(state.model, state.num_rows):
-                one = lambda: _next_token(state, self.of_position)[0].item()  # noqa: E731
-                t0 = plain_seconds(state.model, state.num_rows, clock, one)
-            self.pace = Pace(budget, N, t0, can_shorten=draft.shape.is_chain)
+            self.pace = self._new_pace(draft, clock, memory)
         while True:
             verifying = clock()
             verdict, target = verify(state, draft, self.rule, self.of_position)
@@ -152,7 +154,7 @@ class _Run:
             ended = clock()
             self.tally.drafter_seconds += drafting + ended - observing
             if self.pace is not None:
-                self.pace.note(drafting + ended - verifying, state.span[0] - 1, self.tally.accepted)
+                self.pace.note(drafting + ended - verifying, state.span[0] - 1, verdict.path, verdict.emitted)
                 budget = self.pace.budget
             self._report()
             if not budget or state.span[0] == N:
@@ -160,6 +162,22 @@ class _Run:
             began = clock()
             draft = drafter.propose(state, budget)
             drafting = clock() - began
+
+    def _new_pace(self, draft: Draft, clock: Callable[[], float], memory: Memory) -> Pace:
+        """What finds the draft to make, where the first one is `draft`; t0 is measured, once a model and device."""
+        state = self.state
+        costs = cost_table(state.model, state.num_rows)
+
+        def measure(n: int) -> float:
+            return costs.measure(n, clock, lambda n: _logits_behind(state, n).sum().item())
+
+        with packed_linears(state.model, state.num_rows):
+            costs.measure(1, clock, lambda n: _next_token(state, self.of_position)[0].item(), repeats=3)
+        plans, M, N = getattr(self.drafter, "plans", None), draft.shape.num_tokens, state.num_tokens
+        if plans is not None:
+            return Pace(plans, N, costs, start=M, seen=memory.seen, measure=measure)
+        is_chain = draft.shape.is_chain
+        return Pace({n: TreeTemplate.chain(n) for n in range(1, M + 1)} if is_chain else {M: None}, N, costs, only_shorter=True)
 
     def finish(self) -> None:
         """Plain decoding of what is left, a pass over the roots for a token each."""
@@ -243,9 +261,11 @@ def verify(state: DecodingState, draft: Draft, rule, of_position: Tensor) -> tup
     at_once = shape.is_chain and 0 < shape.num_tokens <= _LONGEST_AT_ONCE
     if B == 1 and rule.gives_law and ids.device.type == "cpu":
         laws = target.law() if at_once else None
-        verdict = walk_one(
-            draft, lambda node: target.law(ids.new_tensor([[node]]))[:, 0] if laws is None else laws[:, node], rule, **options
-        )
+
+        def law_of(node: int) -> Tensor:
+            return target.law(ids.new_tensor([[node]]))[:, 0] if laws is None else laws[:, node]
+
+        verdict = walk_one(draft, law_of, rule, **options)
     else:
         hidden = target.features[:B] if rule.needs_hidden else None
         if at_once:
@@ -269,13 +289,16 @@ def verify(state: DecodingState, draft: Draft, rule, of_position: Tensor) -> tup
 
 def _next_token(state: DecodingState, of_position: Tensor) -> Tensor:
     """[B] the token after each root, as the plain loop draws it; a pass over the roots alone."""
-    alone = TreeShape.chain(0, state.ids.device)
-    prefix = state.cache.prefix_length
-    span = (prefix + state.span[0] - 1, prefix + state.span[1] - 1)
-    placement = state.cache.behind(alone.depths, alone.ancestors, span=span)
-    features = state.model.extend(state.rows(state.root[:, None]), placement, state.cache)
     where = state.counts[:, None]
-    return sample(state.law(state.model.head(features), where)[:, 0], of_position.gather(1, where)[:, 0])
+    return sample(state.law(_logits_behind(state, 1), where)[:, 0], of_position.gather(1, where)[:, 0])
+
+
+def _logits_behind(state: DecodingState, n: int) -> Tensor:
+    """[R, n, V]: of a pass over a chain of the roots, each n times; what it writes to the cache is overwritten before it is read."""
+    chain, prefix = TreeShape.chain(n - 1, state.ids.device), state.cache.prefix_length
+    span = (prefix + state.span[0] - 1, prefix + state.span[1] - 1)
+    placement = state.cache.behind(chain.depths, chain.ancestors, span=span)
+    return state.model.head(state.model.extend(state.rows(state.root[:, None].expand(-1, n)), placement, state.cache))
 
 
 def _take(state: DecodingState, token: Tensor) -> None:

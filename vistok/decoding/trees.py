@@ -10,6 +10,7 @@ n nodes without the root, P leaves, D depth.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heappop, heappush
 
 import torch
 from torch import Tensor
@@ -64,6 +65,28 @@ class TreeTemplate:
             numbers[path] = len(numbers)
         return cls((-1, *(numbers[path[:-1]] for path in paths)), (-1, *(path[-1] for path in paths)))
 
+    @classmethod
+    def likely(cls, num_tokens: int, depth: int) -> "TreeTemplate":
+        """The nodes most worth verifying where each next sibling, and each next level, is half as likely as the one before.
+
+        A greedy choice of Sequoia's (arXiv 2402.12374, section 3.1) for such a drafter. Raises ValueError: no such tree.
+        """
+        if num_tokens < 1 or depth < 1:
+            raise ValueError(f"num_tokens={num_tokens} and depth={depth} must be at least 1")
+        chosen, waiting = [], [(1, (0,))]
+        while len(chosen) < num_tokens:
+            cost, path = heappop(waiting)
+            chosen.append(path)
+            heappush(waiting, (cost + 1, (*path[:-1], path[-1] + 1)))
+            if len(path) < depth:
+                heappush(waiting, (cost + 1, (*path, 0)))
+        return cls.from_choices(chosen)
+
+    @classmethod
+    def chain(cls, length: int) -> "TreeTemplate":
+        """Each token behind the one before."""
+        return cls(tuple(range(-1, length)), (-1, *[0] * length))
+
     @cached_property
     def mask(self) -> Tensor:
         """[n + 1, n + 1] bool: who sees whom."""
@@ -73,6 +96,16 @@ class TreeTemplate:
     def depths(self) -> Tensor:
         """[n + 1] int64: position of each node after the root's."""
         return self.mask.sum(1) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """n, without the root."""
+        return len(self.parents) - 1
+
+    @cached_property
+    def levels(self) -> tuple[int, ...]:
+        """The depths as Python numbers."""
+        return tuple(self.depths.tolist())
 
     @cached_property
     def paths(self) -> Tensor:

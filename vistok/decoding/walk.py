@@ -66,9 +66,8 @@ def walk(
             kids, tokens = children[rows, node], below[rows, node]  # [B, C]
             near = None if hidden is None else hidden[rows[:, None], kids.clamp(min=0)]
             q = draft.law(node)
-            at = Position(
-                p, tokens, None if q is None else torch.where(kids[:, :1] < 0, p, q), draft.drawn, near
-            )  # nothing was drawn there
+            q = None if q is None else torch.where(kids[:, :1] < 0, p, q)  # nothing was drawn behind a leaf
+            at = Position(p, tokens, q, draft.drawn, near)
         else:
             kids = tokens = node.new_empty(B, 0)
             at = Position(p, tokens, hidden=None if hidden is None else hidden[:, :0])

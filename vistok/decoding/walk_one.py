@@ -23,10 +23,10 @@ from vistok.decoding.walk import Verdict
 
 
 def reject_in_turn(p: Tensor, q: Tensor, candidates: Sequence[int], coins: Sequence[float], *, replaces: bool) -> tuple[int, Tensor]:
-    """What `decide_rows(verify(...))` decides of one position: the accepted candidate, -1 for none, and the law of the token where none was.
+    """What `decide_rows(verify(...))` decides of one position: the accepted candidate, -1 for none, and the law that the token is drawn
+    from where none was, not normed.
 
-    p, q: [V]. candidates: the tokens in the order of drawing, -1 for none. replaces: whether they are independent draws of q. The law is
-    not normed.
+    p, q: [V]. candidates: the tokens in the order of drawing, -1 for none. replaces: whether they are independent draws of q.
     """
     real = [x for x in candidates if x >= 0]
     at_p, at_q = p[real].tolist(), q[real].tolist()
@@ -64,7 +64,7 @@ def walk_one(
     path, spent, token = [0], 0.0, 0
     while bool(active):
         node, depth = path[-1], len(path) - 1
-        p, kids = law_of(node), [kid for kid in children[node] if tokens[kid - 1] >= 0]
+        p, kids = law_of(node), children[node]
         q = draft.law_row(node) if kids and draft.q is not None else None
         ids = torch.tensor([[tokens[kid - 1] for kid in kids]], dtype=torch.int64)
         law = rule.law(Position(p, ids, q, draft.drawn if q is not None else "deterministic"))

@@ -11,11 +11,13 @@ from vistok.decoding.draft import Draft, TreeShape
 from vistok.decoding.drafters.registry import register_drafter
 from vistok.decoding.growth import Growth
 from vistok.decoding.recycling import recycled_tree, updated_successors
+from vistok.decoding.trees import TreeTemplate
 
 
 @register_drafter("recycling")
 class RecyclingDrafter:
-    """`width` chains of `length` tokens that part at the root: its `width` likeliest successors, then the likeliest of each.
+    """`width` chains of `length` tokens that part at the root: its `width` likeliest successors, then the likeliest of each; or one chain,
+    where that is found to pay more.
 
     Raises ValueError: width is more than the codes there are.
     """
@@ -23,19 +25,22 @@ class RecyclingDrafter:
     def __init__(self, target, *, length: int = 3, width: int = 1):
         if not 1 <= width <= target.vocab_size:
             raise ValueError(f"width={width} but there are {target.vocab_size} codes")
-        self.template = Growth(shape="tree", length=length, width=width).template
+        tree = Growth(shape="tree", length=length, width=width).template
+        chains = {n: TreeTemplate.chain(n) for n in range(1, length + 1)}
+        self.plans = {**chains, length * width: tree} if width > 1 else None
+        self._templates = {**chains, length * width: tree}
+        self._shapes = {n: TreeShape.from_template(template, target.device) for n, template in self._templates.items()}
         self.num_nodes = length * width
         self.successors = torch.zeros(target.vocab_size, width, dtype=torch.int32, device=target.device)
-        self._shape = TreeShape.from_template(self.template, target.device)
 
     def start(self, state) -> None:
         """The table stays: what followed a token in other images is the best guess for this one."""
 
     def propose(self, state, budget: int) -> Draft:
-        tokens = recycled_tree(self.successors, state.root, self.template)[:, 1:]
-        if budget < self.num_nodes and self._shape.is_chain:
-            return Draft.chain(tokens[:, :budget])
-        return Draft(tokens, self._shape, "deterministic")
+        if budget not in self._templates:
+            raise ValueError(f"num_draft_tokens={budget} but this drafter makes {', '.join(map(str, self._templates))} tokens")
+        tokens = recycled_tree(self.successors, state.root, self._templates[budget])[:, 1:]
+        return Draft(tokens, self._shapes[budget], "deterministic")
 
     def observe(self, state, verdict, target) -> None:
         live = verdict.emitted > 0  # finished images have nothing to teach

@@ -39,13 +39,13 @@ class ModelDrafter:
                 raise ValueError(f"the drafter has {name}={ours!r}, the target {theirs!r}: they must be equal")
         self.model = model.eval()
         self.growth = Growth(shape=shape, length=length, width=width, num_tokens=num_tokens)
-        self.num_nodes = self.growth.num_nodes
+        self.num_nodes, self.plans = self.growth.num_nodes, self.growth.plans
         self._cache: PlacedCache | None = None
         self._rows: Tensor | None = None
 
     def start(self, state) -> None:
         # nodes are shown level by level; a level of "best" shows width nodes, kept or not
-        margin = 2 + self.growth.length * self.growth.width
+        margin = 2 + max(self.growth.length * self.growth.width, self.num_nodes)
         cache = self.model.new_cache(state.num_rows, state.num_tokens + margin)
         self.model.features(state.ids.new_empty(state.num_rows, 0), state.condition, cache=cache)
         self._cache = PlacedCache(cache)

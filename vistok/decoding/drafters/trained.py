@@ -69,7 +69,7 @@ class EagleDrafter:
     def __init__(self, target, *, head, shape: str = "chain", length: int = 3, width: int = 1, num_tokens: int = 0):
         self.head = open_head(head, target, "EagleHead")
         self.growth = Growth(shape=shape, length=length, width=width, num_tokens=num_tokens)
-        self.num_nodes = self.growth.num_nodes
+        self.num_nodes, self.plans = self.growth.num_nodes, self.growth.plans
         self._past: CatchingUp | None = None
 
     def start(self, state) -> None:
@@ -120,7 +120,7 @@ class MedusaDrafter:
         self.head = open_head(head, target, "MedusaHeads")
         length = heads_used(length, self.head)
         self.growth = Growth(shape=shape, length=length, width=width, num_tokens=num_tokens)
-        self.num_nodes = self.growth.num_nodes
+        self.num_nodes, self.plans = self.growth.num_nodes, self.growth.plans
 
     def start(self, state) -> None:
         """Nothing is kept between steps."""
@@ -142,7 +142,7 @@ class ChimeraDrafter:
         self.head = open_head(head, target, "ChimeraHeads")
         length = heads_used(length, self.head)
         self.growth = Growth(shape=shape, length=length, width=width, num_tokens=num_tokens)
-        self.num_nodes = self.growth.num_nodes
+        self.num_nodes, self.plans = self.growth.num_nodes, self.growth.plans
         self._past: CatchingUp | None = None
 
     def start(self, state) -> None:

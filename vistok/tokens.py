@@ -106,7 +106,7 @@ class VisualTokens:
 
     @property
     def data(self) -> Tensor:
-        """ids or values, whichever there is."""
+        """ids [B, N] int64 or values [B, N, C] float, whichever there is."""
         return self.values if self.ids is None else self.ids
 
     @property

@@ -26,6 +26,7 @@ class BadImages:
         self._lock = threading.Lock()
 
     def add(self, name: str, reason: str) -> None:
+        """Note an image; a name that is known gets the new reason."""
         with self._lock:
             self._reasons[name] = reason
 
@@ -34,6 +35,7 @@ class BadImages:
 
     @property
     def names(self) -> list[str]:
+        """Which images, sorted."""
         return sorted(self._reasons)
 
     @property

@@ -1,9 +1,9 @@
 """Guidance: move a prediction away from the unconditional one.
 
-    classifier-free (Ho and Salimans 2022, arXiv 2207.12598):  v = u + s (c - u)
-    adaptive projected (Sadat et al. 2024, arXiv 2410.02416), on velocities as FlexTok uses it:
-        d = c - u;  m = d + momentum m_prev;  m' = m min(1, r / |m|);  drop the part of m' parallel to c (times 1 - eta)
-        v = c + (s - 1) m'
+classifier-free (Ho and Salimans 2022, arXiv 2207.12598):  v = u + s (c - u)
+adaptive projected (Sadat et al. 2024, arXiv 2410.02416), on velocities as FlexTok uses it:
+    d = c - u;  m = d + momentum m_prev;  m' = m min(1, r / |m|);  drop the part of m' parallel to c (times 1 - eta)
+    v = c + (s - 1) m'
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def classifier_free(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """u + s (c - u); s = 1 is no guidance."""
+    """u + s (c - u), of predictions c and u of one shape [B, ...]; scale s = 1 is no guidance."""
     return unconditional + scale * (conditional - unconditional)
 
 

@@ -1,7 +1,7 @@
 """The straight path of rectified flow and the times it is trained at.
 
-    x_t = (1 - t) x_0 + t noise,   v = d x_t / d t = noise - x_0,   t = 1 is noise
-    mode sampling (Esser et al. 2024, arXiv 2403.03206, eq. 20):  t = 1 - u - s (cos^2(pi u / 2) - 1 + u)
+x_t = (1 - t) x_0 + t noise,   v = d x_t / d t = noise - x_0,   t = 1 is noise
+mode sampling (Esser et al. 2024, arXiv 2403.03206, eq. 20):  t = 1 - u - s (cos^2(pi u / 2) - 1 + u)
 """
 
 import math

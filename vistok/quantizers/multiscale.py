@@ -56,6 +56,7 @@ class MultiScaleResidual(nn.Module):
 
     @property
     def num_tokens(self) -> int:
+        """N: tokens of all scales."""
         return sum(self.sizes)
 
     def num_scales(self, num_tokens: int) -> int:
@@ -97,7 +98,10 @@ class MultiScaleResidual(nn.Module):
 
     @torch.no_grad()
     def encode(self, h: Tensor, *, num_scales: int | None = None) -> MultiScaleOutput:
-        """The same without gradients and losses."""
+        """Ids of features h [B, d, h, w] and what they sum up to, as in forward, without gradients and losses.
+
+        num_scales: how many of the scales, all by default.
+        """
 
         def quantize(z: Tensor) -> QuantizerOutput:
             ids = self.quantizer.nearest(z)

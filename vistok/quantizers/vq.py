@@ -140,7 +140,7 @@ class VQ(nn.Module):
         return out
 
     def quantize(self, z: Tensor) -> QuantizerOutput:
-        """As forward, but the codebook stays as it is, in training mode too."""
+        """Codes and ids of vectors z [..., d] as in forward, but the codebook stays as it is, in training mode too."""
         with torch.autocast(z.device.type, enabled=False):
             n = self.place(z)
             ids = self.nearest(z)

@@ -69,6 +69,7 @@ class FlexTokConfig:
 
     @property
     def latent_channels(self) -> int:
+        """C: channels of what is encoded, latents or pixels."""
         return 3 if self.vae is None else self.vae.latent_channels
 
     @property

@@ -110,7 +110,7 @@ class FSQ2D(VisualModel):
         return self.quantizer.decode(ids)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Training pass: L1 + MSE of the reconstruction."""
+        """Training pass on images [B, 3, H, W] in [-1, 1]: losses "l1" and "mse" of the reconstruction."""
         codes, ids = self.quantize(images)
         reconstruction = self.decode_codes(codes)
         difference = reconstruction - images

@@ -285,7 +285,7 @@ class TokenFlow(VisualModel):
     # -- train -------------------------------------------------------------------------------------------------------------------------
 
     def quantize(self, images: Tensor, *, dropped: int | None = None) -> MultiScaleOutput:
-        """The quantizer's output with gradients and losses; dropped: number of a scale to leave out."""
+        """Ids and summed codes of images [B, 3, H, W] with gradients and losses; dropped: number of a scale to leave out."""
         return self.quantizer(self.features(images), dropped=dropped)
 
     def unquantized_meaning(self, images: Tensor) -> Tensor:
@@ -295,7 +295,8 @@ class TokenFlow(VisualModel):
         return self.decode_meaning(self.quantizer.unquantized(torch.cat([semantic, no_pixels], dim=1)))
 
     def forward(self, images: Tensor, *, dropped: int | None = None) -> TokenFlowOutput:
-        """Training pass: the reconstruction's mean squared error and the quantizer's losses; the task adds what a teacher says."""
+        """Training pass on images [B, 3, H, W] in [-1, 1]: "mse" of the reconstruction and the quantizer's losses; the task adds what a
+        teacher says. dropped: number of a scale to leave out."""
         out = self.quantize(images, dropped=dropped)
         reconstruction = self.decode_pixels(out.total)
         target = _resize(images, reconstruction.shape[-1])

@@ -175,7 +175,8 @@ class VARVQVAE(VisualModel):
         return self.quantizer.quantizer.decode(ids)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Training pass: mean squared error of the reconstruction, and the pulls between features and codes after every scale."""
+        """Training pass on images [B, 3, H, W] in [-1, 1]: "mse" of the reconstruction, and "codebook" and "commitment", the pulls between
+        features and codes after every scale."""
         f = self.features(images)
         if self.training:
             self.quantizer.start(f)

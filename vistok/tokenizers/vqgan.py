@@ -141,7 +141,7 @@ class VQGAN(VisualModel):
         return self.quantizer.decode(ids)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Training pass: mean squared error of the reconstruction, and the quantizer's losses."""
+        """Training pass on images [B, 3, H, W] in [-1, 1]: "mse", the reconstruction's squared error, and the quantizer's losses."""
         out = self.quantize(images)
         reconstruction = self.decode_codes(out.codes)
         losses = {"mse": (reconstruction.float() - images).square().mean(), **out.terms}

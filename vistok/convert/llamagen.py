@@ -57,6 +57,7 @@ _PART = re.compile("|".join(rf"(?<=\.){re.escape(part)}(?=\.)" for part in _PART
 
 
 def vq_name(ours: str) -> str:
+    """Official key of one of VQGAN's. Raises ValueError: it has none."""
     for pattern, official in _VQ_NAMES:
         if re.fullmatch(pattern, ours):
             return _PART.sub(lambda match: _PARTS[match[0]], re.sub(pattern, official, ours))

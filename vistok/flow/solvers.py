@@ -34,7 +34,7 @@ def euler(velocity: Velocity, x: Tensor, times: Tensor, on_step: Callable[[int, 
 
 
 def heun(velocity: Velocity, x: Tensor, times: Tensor, on_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Second order: the mean of the velocities at both ends of a step (two evaluations; one in the last step, where t = 0)."""
+    """Second order: the mean of the velocities at both ends of a step (two evaluations; one in the last step, where t = 0). As `euler`."""
     for step in range(len(times) - 1):
         if on_step is not None:
             on_step(step, x)

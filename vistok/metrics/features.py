@@ -120,6 +120,7 @@ class ConvFeatures(nn.Module):
         self.register_buffer("filters", torch.stack(filters), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Features [B, D] of images [B, 3, H, W] in [-1, 1]: mean and deviation of each filter's response in each cell of a grid."""
         x = resize(images.to(self.filters), self.size)
         features = []
         for filters in self.filters:

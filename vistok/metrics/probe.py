@@ -180,12 +180,15 @@ def mapped_retrieval(
 
 
 def recalls(ranks: dict[str, Tensor]) -> dict[str, float]:
-    """R@1, R@5 and R@10 of both directions, as {"i2t_r1": ..., "t2i_r10": ...}."""
+    """R@1, R@5 and R@10 of both directions, as {"i2t_r1": ..., "t2i_r10": ...}; ranks: [m] each, see retrieval_ranks."""
     return {f"{name}_r{k}": float((rank < k).double().mean()) for name, rank in ranks.items() for k in RECALL_AT}
 
 
 def chance_recall(groups: Tensor, k: int) -> float:
-    """R@k of a random order: 1 - C(m - g, k) / C(m, k), mean over queries with g right answers among m."""
+    """R@k of a random order: 1 - C(m - g, k) / C(m, k), mean over queries with g right answers among m.
+
+    groups: [m] int64, equal where queries share their right answers.
+    """
     m = len(groups)
     sizes = (groups[:, None] == groups).sum(1).double()
     missed = torch.ones(m, dtype=torch.float64)

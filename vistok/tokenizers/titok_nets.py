@@ -120,6 +120,7 @@ class TiTokEncoder(nn.Module):
         self.head = nn.Linear(width, config.code_dim * (2 if config.quantizer == "vae" else 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, N, d], or [B, N, 2 d]."""
         patches = self.patches(images).flatten(2).transpose(1, 2)
         registers = (self.registers + self.register_positions).expand(len(images), -1, -1)
         x = self.trunk(patches, registers, slice(1 + patches.shape[1], None))

@@ -27,7 +27,10 @@ class PatchDiscriminator(nn.Module):
 
 
 def adversarial_losses(judge: PatchDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """(generator's loss, judge's loss), two scalars whose gradients do not meet: each reaches its own parameters only."""
+    """(generator's loss, judge's loss), two scalars whose gradients do not meet: each reaches its own parameters only.
+
+    real, fake: images [B, 3, H, W] in [-1, 1].
+    """
     detached = {name: parameter.detach() for name, parameter in judge.named_parameters()}
     generator = -torch.func.functional_call(judge, detached, (fake,)).mean()
     on_real, on_fake = judge(real), judge(fake.detach())

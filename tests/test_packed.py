@@ -11,8 +11,21 @@ from torch import nn
 import vistok
 from vistok import rng
 from vistok.decoding import SamplingConfig, generate
+from vistok.layers import native
 from vistok.layers.norms import RMSNorm
 from vistok.layers.packed import MAX_ROWS, Int8Linear, packed_linears, to_int8
+
+
+@pytest.fixture(autouse=True, params=["own product", "torch's"])
+def product(request, monkeypatch):
+    """Everything here holds with our product and with what stands in for it where it cannot be built."""
+    if request.param == "torch's":
+        monkeypatch.setenv("VISTOK_NATIVE", "0")
+        if not {"fbgemm", "x86"} & set(torch.backends.quantized.supported_engines):
+            pytest.skip("this torch has no int8 kernels for this processor")
+    elif not native.is_available():
+        pytest.skip("no compiler here")
+    return request.param
 
 
 def make(**overrides):
@@ -43,9 +56,11 @@ def test_a_packed_layer_computes_the_plain_product_for_any_number_of_rows(rows, 
     assert "forward" not in vars(layer)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0, lambda step: 2.0 if step < 9 else 1.0])
-def test_generation_with_packed_layers_gives_the_tokens_and_logits_of_plain_ones(guidance, monkeypatch):
-    model = make()
+@pytest.mark.parametrize(
+    "guidance, overrides", [(1.0, {}), (3.0, {}), (lambda step: 2.0 if step < 9 else 1.0, {}), (3.0, {"mixing": "pattention", "hidden": 0})]
+)
+def test_generation_with_packed_layers_gives_the_tokens_and_logits_of_plain_ones(guidance, overrides, monkeypatch):
+    model = make(**overrides)
     condition, seen, counted = model.make_condition(1, labels=[1]), [], []
     hook = model.head.register_forward_hook(lambda module, args, out: seen.append(out))
     options = dict(guidance_scale=guidance, sampling=SamplingConfig(top_k=50))
@@ -54,7 +69,7 @@ def test_generation_with_packed_layers_gives_the_tokens_and_logits_of_plain_ones
     monkeypatch.setattr(import_module("vistok.decoding.generate"), "WORTH_PACKING", 1000)
     plain, _ = generate(model, condition, generators=rng.image_generators(0, 1), **options)
     hook.remove()
-    assert set(counted) == {9} and not forwards(model)  # four layers a block, and the head
+    assert set(counted) == {11 if overrides else 9} and not forwards(model)  # four or five layers a block, and the head
     assert torch.equal(fast.ids, plain.ids)
     half = len(seen) // 2
     assert max(float((a - b).abs().max()) for a, b in zip(seen[:half], seen[half:])) < 1e-4
@@ -118,21 +133,18 @@ def test_what_would_not_gain_is_left_alone():
 
 # int8
 
-fbgemm = pytest.mark.skipif(not {"fbgemm", "x86"} & set(torch.backends.quantized.supported_engines), reason="no int8 kernels here")
-
 
 def rounded(weight):
     scale = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scale).round() * scale
 
 
-@fbgemm
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_int8_layer_computes_the_product_with_its_rounded_weights(bias):
     torch.manual_seed(0)
     plain = nn.Linear(200, 300, bias=bias)
-    layer, x = Int8Linear(plain), torch.randn(2, 3, 200) * torch.tensor([[1e-4], [1.0], [1e4]])
+    layer, x = Int8Linear(plain.weight, plain.bias), torch.randn(2, 3, 200) * torch.tensor([[1e-4], [1.0], [1e4]])
     expected = F.linear(x, rounded(plain.weight), plain.bias)
     largest = x.abs().amax(-1, keepdim=True)
     # 14 bits of the largest input: an error of 1 / 15,876 of it at most for each input, of either sign
@@ -141,20 +153,19 @@ def test_an_int8_layer_computes_the_product_with_its_rounded_weights(bias):
     assert torch.equal(layer(torch.zeros(2, 200)), torch.zeros(2, 300) if plain.bias is None else plain.bias.expand(2, -1))
 
 
-@fbgemm
 @torch.no_grad()
 def test_a_row_of_an_int8_layer_does_not_depend_on_the_others_at_all():
     torch.manual_seed(0)
-    layer, x = Int8Linear(nn.Linear(200, 300)), torch.randn(5, 200) * torch.tensor([[1], [100], [3], [0.01], [1]])
+    layer, x = Int8Linear(torch.randn(300, 200)), torch.randn(5, 200) * torch.tensor([[1], [100], [3], [0.01], [1]])
     together = layer(x)
     assert all(torch.equal(layer(x[i : i + 1])[0], together[i]) for i in range(5))
     assert torch.equal(layer(x[:2, None])[:, 0], together[:2])
 
 
-@fbgemm
-def test_an_int8_generator_makes_nearly_the_same_law_and_refuses_to_be_saved(tmp_path):
-    model, plain = to_int8(make()), make()
-    assert sum(isinstance(part, Int8Linear) for part in model.modules()) == 9
+@pytest.mark.parametrize("overrides", [{}, {"mixing": "pattention", "hidden": 0}])
+def test_an_int8_generator_makes_nearly_the_same_law_and_refuses_to_be_saved(overrides, tmp_path):
+    model, plain = to_int8(make(**overrides)), make(**overrides)
+    assert sum(isinstance(part, Int8Linear) for part in model.modules()) == (21 if overrides else 9)
     condition, ids = plain.make_condition(2, labels=[0, 2]), torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, exact = model(ids, condition), plain(ids, condition)
@@ -167,6 +178,43 @@ def test_an_int8_generator_makes_nearly_the_same_law_and_refuses_to_be_saved(tmp
         model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="float32"):
         to_int8(make().to(torch.bfloat16))
+
+
+@torch.no_grad()
+def test_our_product_is_the_same_to_the_bit_for_any_number_of_rows_and_threads(product):
+    if product == "torch's":
+        pytest.skip("says so of none but ours")
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    for O, K in [(300, 512), (257, 1023), (3, 40), (1, 7)]:  # noqa: E741
+        x, weight, bias = (torch.randn(*shape, generator=generator) for shape in [(17, K), (O, K), (O,)])
+        quantized, scale = torch.randint(-127, 128, (O, K), generator=generator, dtype=torch.int8), torch.rand(O, generator=generator)
+        for options in (dict(weight=weight, bias=bias), dict(weight=quantized, scale=scale)):
+            together = native.linear_rows(x, **options)
+            exact = x.double() @ options["weight"].double().T
+            exact = exact * scale if "scale" in options else exact + bias
+            assert torch.allclose(together.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+            for rows in range(1, 9):
+                assert torch.equal(native.linear_rows(x[:rows], **options), together[:rows])
+            try:
+                torch.set_num_threads(3)
+                assert torch.equal(native.linear_rows(x, **options), together)
+            finally:
+                torch.set_num_threads(threads)
+    assert native.linear_rows(torch.empty(2, 0, 7), torch.ones(5, 7)).shape == (2, 0, 5)
+
+
+def test_without_a_compiler_or_where_it_fails_there_is_no_product_of_ours(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("VISTOK_NATIVE", raising=False)
+    probe = native._library.__wrapped__  # what is built once a process, here anew
+    for script in ("exit 1", 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"'):
+        cc = tmp_path / "cc"
+        cc.write_text(f"#!/bin/sh\n{script}\n")
+        cc.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        assert probe() is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert probe() is None
 
 
 # norms

@@ -67,16 +67,18 @@ class Pattention(nn.Module):
         if tokens is not None:
             count = count * len(tokens) / len(keys)
             keys, values = keys[tokens], values[tokens]
-        scores = F.linear(x, keys) * self.scale
+        return self.weigh(F.linear(x, keys), mask=mask, count=count).to(values.dtype) @ values
+
+    def weigh(self, scores: Tensor, *, mask: Tensor | None = None, count: Tensor | None = None) -> Tensor:
+        """Weights a [..., T, n] of the values, from unscaled scores of the same shape. count: tau squared, this layer's by default."""
+        count, scores = self.norm_tokens if count is None else count, scores * self.scale
         if mask is not None:
             scores = scores * mask
         if self.activation == "softmax":
-            weights = scores.softmax(-1) * count
-        elif self.activation == "l2_norm_gelu":
-            weights = F.gelu(_unit(scores) * count.sqrt().to(scores.dtype))
-        else:
-            weights = _unit(F.gelu(scores)) * count.sqrt().to(scores.dtype)
-        return weights.to(values.dtype) @ values
+            return scores.softmax(-1) * count
+        if self.activation == "l2_norm_gelu":
+            return F.gelu(_unit(scores) * count.sqrt().to(scores.dtype))
+        return _unit(F.gelu(scores)) * count.sqrt().to(scores.dtype)
 
     @torch.no_grad()
     def grow(

@@ -1,5 +1,6 @@
 """Generators of visual tokens, one file each; importing this package registers them all."""
 
+from vistok.generators import llamagen  # noqa: F401 - registers its shapes
 from vistok.generators.condition import Condition, TextEncoder
 from vistok.generators.gpt import GPT, GPTConfig
 from vistok.generators.maskgit import MaskGIT, MaskGITConfig

@@ -14,7 +14,8 @@ INPUTS = {"ids", "classes", "orders", "cond_ids", "none_ids"}
 
 def guidance(golden):
     """Scale and power of the case's guidance schedule."""
-    found = re.search(r"guidance_scale ([\d.]+), pow ([\d.]+)", golden.what("sample.cfg_scale"))
+    found = re.search(r"guidance_scale (\d+(?:\.\d+)?), pow (\d+(?:\.\d+)?)", golden.what("sample.cfg_scale"))
+    assert found, "case.json does not say the scale and the power of the guidance"
     return float(found[1]), float(found[2])
 
 

@@ -16,6 +16,7 @@ from vistok.training.tasks.contrast import contrastive_loss
 FAMILY = "seed"
 INPUTS = {"image", "random_indices", "clip_target", "text_ids", "text_mask"}
 STAGE_ONE = "stage1."
+CONSTANT = re.compile(r"(stage1\.)?(Reverse_)?Qformer\.(bert\.embeddings\.position_ids|cls\..+)")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,13 @@ def released(state):
     return {key: value for key, value in state.items() if not key.startswith(STAGE_ONE)}
 
 
+def assert_same_weights(written, original):
+    """Bit-equal but for counters and unused heads, which a file may or may not carry."""
+    named = [{key for key in state if not CONSTANT.fullmatch(key)} for state in (written, original)]
+    assert named[0] == named[1]
+    assert all(torch.equal(written[key], original[key]) for key in original if key in written)
+
+
 def test_the_converted_config_says_what_the_case_says(model, golden):
     settings, config = model.settings, golden.spec["config"]
     bert, vit = config["bert"], config["vit"]
@@ -61,8 +69,10 @@ def test_the_converted_config_says_what_the_case_says(model, golden):
     assert settings.quantizer.codebook_weight == config["legacy_beta"] and settings.quantizer.commitment_weight == 1.0
     assert (settings.num_registers, settings.block_depth) == (config["num_query_token"], config["decode_depth"])
     assert settings.embedding_dim == config["image_features_dim"]
-    assert settings.text.embedding_dim == config["itc_embed_dim"] and settings.text.vocab_size == bert["vocab_size"]
-    assert settings.text.max_words == bert["max_position_embeddings"]
+    if settings.text is not None:
+        assert settings.text.embedding_dim == config["itc_embed_dim"] and settings.text.vocab_size == bert["vocab_size"]
+        assert settings.text.max_words == bert["max_position_embeddings"]
+    assert bert.get("hidden_act", "gelu") == "gelu", "SEED's Q-Former knows the exact GELU only"
     if config["use_qformer_image"]:
         assert (settings.head, settings.reverse_depth) == ("reverse", config["reverse_layers"])
     else:
@@ -76,8 +86,7 @@ def test_the_official_checkpoint_is_written_back_bit_equal(golden, options, stat
     assert model.text is None
     to_official(model, tmp_path / "out", num_positions=golden.spec["config"]["bert"]["max_position_embeddings"])
     written = torch.load(tmp_path / "out" / "seed_quantizer.pt", weights_only=True)
-    assert written.keys() == original.keys()
-    assert all(torch.equal(written[key], original[key]) for key in original)
+    assert_same_weights(written, original)
     again = from_official(tmp_path / "out", **options)
     assert again.settings == model.settings
     ours, theirs = model.state_dict(), again.state_dict()
@@ -88,7 +97,7 @@ def test_stage_one_is_written_back_bit_equal(model, golden, state, tmp_path):
     to_official(model, tmp_path, num_positions=golden.spec["config"]["bert"]["max_position_embeddings"])
     written = torch.load(tmp_path / "seed_quantizer.pt", weights_only=True)
     original = {key.removeprefix(STAGE_ONE): value for key, value in state.items()}
-    assert written.keys() == original.keys() and all(torch.equal(written[key], original[key]) for key in original)
+    assert_same_weights(written, original)
 
 
 @torch.no_grad()
@@ -168,6 +177,8 @@ def distance_to_kink(model, golden):
 @torch.no_grad()
 def stage_one(model, golden):
     io = golden.io
+    if model.text is None:
+        return {}
     states = model.text_states(model.text.embed(io["text_ids"]), io["text_mask"].bool())
     images, texts = model.image_direction(io["causal_embeddings"]), model.text_direction(states)
     return {

@@ -8,7 +8,7 @@ import torch
 import vistok
 from eval.claims.decoding import Config, main
 from eval.claims.decoding_report import draw_curve, markdown, verdicts
-from vistok.decoding.heads import EagleHead, MedusaHeads
+from vistok.decoding.heads import ChimeraHeads, EagleHead, JudgeHead, MedusaHeads
 
 ABOUT = dict(model="m", num_samples=8, repeats=3, guidance_scale=1.5, floor=1.0, pixel_floor=0.5, machine={"cpu": "a"}, command="c")
 
@@ -32,18 +32,22 @@ def test_verdicts_follow_from_the_numbers():
         "SJD, LANTERN++ lambda 2": row("lantern++", 6.0, 1.08, 3.0, spent_per_token=None),
         "SJD, budget 0.1": row("budget", 6.5, 1.08, 1.6, spent_per_token=0.08, options={"eps": 0.1}),
         "SJD, GSD window 7": row("gsd", 2.6, 1.02, 1.5, spent_per_token=None),
+        "ZipAR window 2": row("zipar", 2.3, 1.02, 1.7, spent_per_token=None),
+        "ZipAR window 2 or more": row("zipar", 2.0, 1.02, 1.4, spent_per_token=None, pixel_distance=0.05),
     }
     said = found(rows)
-    assert len(said) == 9 and set(said.values()) == {"holds"}
+    assert len(said) == 11 and set(said.values()) == {"holds"}
     rows["SJD"]["frechet_plain"] = 1.2  # a tenth above the floor is noise, a fifth is not
     rows["SJD, budget 0.1"]["spent_per_token"] = 0.2
     rows["SJD, LANTERN++ lambda 2"]["frechet_plain"] = 31.0
     rows["chosen by itself"]["speedup"] = 0.9
+    rows["ZipAR window 2 or more"]["pixel_distance"] = 0.2
     said = found(rows)
     assert [claim for claim, verdict in said.items() if verdict != "holds"] == [
         "exact rules do not change what is generated",
         "LANTERN++ is more faithful than LANTERN at the same tokens a pass or more",
         "rules with a budget spend at most eps of total variation a token",
+        "ZipAR's adaptive window stays nearer to the plain loop's images than the fixed one",
         "left to itself, decoding is never more than 5 % slower than the plain loop",
     ]
 
@@ -64,10 +68,10 @@ def test_the_whole_comparison_runs_on_a_pipeline(tmp_path):
     shape = dict(codebook_size=tokenizer.codebook_size, layout_shape=tokenizer.layout.shape)
     generator = vistok.create("gpt-tiny", num_classes=2, classes=("a", "b"), **shape).eval()
     vistok.TokenImagePipeline(generator, tokenizer).save_pretrained(tmp_path / "pipe")
-    for name, head in (("eagle", EagleHead), ("medusa", MedusaHeads)):
+    for name, head in (("eagle", EagleHead), ("medusa", MedusaHeads), ("chimera", ChimeraHeads), ("judge", JudgeHead)):
         head.for_target(generator).save_pretrained(tmp_path / name)
-    pipe, eagle, medusa = (str(tmp_path / name) for name in ("pipe", "eagle", "medusa"))
-    main(Config(model=pipe, eagle=eagle, medusa=medusa, num_samples=4, repeats=1, out=tmp_path / "out"))
+    heads = {name: str(tmp_path / name) for name in ("eagle", "medusa", "chimera", "judge")}
+    main(Config(model=str(tmp_path / "pipe"), **heads, num_samples=4, repeats=1, out=tmp_path / "out"))
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert rows["plain"]["tokens_per_pass"] == 1 and rows["plain"]["pixel_distance"] == 0
     assert rows["EAGLE-2 tree"]["pixel_distance"] < 0.02  # drafts that are not drawn change nothing

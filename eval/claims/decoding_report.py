@@ -12,6 +12,7 @@ FAMILIES = {
     "budget": ("rules with a budget", "tab:green", "^"),
     "gsd": ("GSD", "tab:purple", "v"),
     "typical": ("typical (Medusa)", "tab:brown", "P"),
+    "judge": ("judge", "tab:cyan", "<"),
     "zipar": ("ZipAR", "tab:pink", "X"),
     "exits": ("early exits", "tab:gray", "h"),
 }
@@ -111,6 +112,15 @@ def verdicts(rows: dict[str, dict], about: dict) -> list[Verdict]:
             saved >= 0.5 and row["frechet_plain"] <= limit,
             f"{name}: {100 * saved:.0f} % fewer passes, Frechet {row['frechet_plain']:.3f}, {row['speedup']:.2f} times as quick",
         )
+    fixed = {name: row for name, row in family("zipar").items() if not name.endswith("more")}
+    pairs = [(row, rows[f"{name} or more"]) for name, row in fixed.items() if f"{name} or more" in rows]
+    if pairs:
+        nearer = sum(adapted["pixel_distance"] < row["pixel_distance"] for row, adapted in pairs)
+        line = "; ".join(
+            f"{a['passes_per_image']:.1f} against {f['passes_per_image']:.1f} passes, pixels {a['pixel_distance']:.3f} against "
+            f"{f['pixel_distance']:.3f}" for f, a in pairs
+        )  # fmt: skip
+        add("ZipAR's adaptive window stays nearer to the plain loop's images than the fixed one", "2412.04062", nearer == len(pairs), line)
     lossy = {name: row for name, row in rows.items() if row["family"] not in ("plain", "exact") and row["frechet_plain"] <= limit}
     if lossy:
         name = max(lossy, key=lambda key: lossy[key]["speedup"])

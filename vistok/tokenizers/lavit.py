@@ -185,10 +185,7 @@ class LaVIT(VisualModel):
         return -(-uniforms.clamp(1e-20, 1 - 1e-7).log()).log()
 
     def decide(self, log_probs: Tensor, *, noise: Tensor | None = None, num_tokens: int | None = None) -> Tensor:
-        """Patches to keep, [B, N] bool: as `select`, but at least one an image, or exactly num_tokens, those most worth keeping.
-
-        log_probs, noise: [B, N, 2], keep first.
-        """
+        """keep [B, N] bool as `select`, but at least one patch an image, or exactly num_tokens: those most worth keeping."""
         scores = log_probs if noise is None else log_probs + noise
         best = (scores[..., 0] - scores[..., 1]).topk(num_tokens or 1, dim=1).indices
         chosen = torch.zeros(scores.shape[:2], dtype=torch.bool, device=scores.device).scatter(1, best, True)
@@ -209,9 +206,8 @@ class LaVIT(VisualModel):
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, num_tokens: int | None = None, generators: Sequence[torch.Generator] | None = None) -> VisualTokens:
-        """ids [B, N] of the patches kept of images [B, 3, H, W] in [-1, 1], in raster order, `counts` of them an image.
+        """ids [B, N] of the patches kept of images [B, 3, H, W] in raster order, `counts` of them an image; rows are padded to N.
 
-        Rows are padded to N, whatever the batch.
         num_tokens: so many tokens for every image, the patches most worth keeping; None: as many as the selector wants.
         generators: one an image, for Gumbel noise in the selection, as in training; None: no noise.
         Raises ValueError: images of another size, or num_tokens outside 1 to N.

@@ -39,7 +39,7 @@ from vistok.decoding.serving import partial_tokens, plain_draw
 from vistok.decoding.speculative import check_target, speculate
 from vistok.generators import TextEncoder
 from vistok.image import to_pil
-from vistok.modeling import MAX_CONFIG_BYTES, VisualModel, read_config
+from vistok.modeling import MAX_CONFIG_BYTES, VisualModel, read_config, read_json
 from vistok.registry import model_class, resolve
 from vistok.tokens import VisualTokens
 
@@ -360,13 +360,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_NAME
     if not path.is_file():
         raise OSError(f"{folder} is no pipeline folder: it has no {INDEX_NAME}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; an index has at most {MAX_CONFIG_BYTES}")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(index, dict) or index.get("_class_name") != TokenImagePipeline.__name__:
+    index = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+    if index.get("_class_name") != TokenImagePipeline.__name__:
         raise ValueError(f"{path} does not describe a {TokenImagePipeline.__name__}")
     expected = {"_class_name", "_diffusers_version", "_name_or_path", *COMPONENTS}
     wrong = sorted((set(index) - expected) | (set(COMPONENTS) - set(index)))

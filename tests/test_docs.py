@@ -77,9 +77,10 @@ def options_class(name):
     """The dataclass of options of `vistok NAME`, eval.NAME or train.NAME."""
     if name in COMMANDS:
         return getattr(importlib.import_module(f"vistok.commands.{COMMANDS[name].module}"), COMMANDS[name].options)
-    module = importlib.import_module(name)
+    assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), f"there is no script {name}"
     if name.startswith("train."):
         return options_class(name.replace(".", " "))
+    module = pytest.importorskip(name)  # some need an extra
     return getattr(module, "Config", None) or module.BenchConfig
 
 

@@ -7,6 +7,8 @@ Ren et al. 2025 (arXiv 2502.20388) report that cells beat patches, subsamples, s
 teacher forcing. Every order is an xAR of one shape, trained on as many images from the same random numbers; all draw samples with as many
 solver steps an entity. Grid orders use --tokenizer, "token" and groups the first tokens of --sequence-tokenizer. A run that is finished in
 --out is used again, so the same command goes on after an interruption, and more --seeds add to what is there.
+Models of noisy context draw twice: with finished entities shown clean, as published, and at --context-time with that much noise
+("noisy@0.2").
 
     d      = log(Frechet distance of B) - log(Frechet distance of A)          mean over seeds: how much better A is, relatively
     spread = sqrt(2 / seeds) * deviation of log(Frechet distance) over seeds, pooled over all runs
@@ -86,6 +88,8 @@ class Config:
     """Euler steps an entity."""
     guidance_scale: float = 1.0
     """Guidance of the last entity; 1 is off."""
+    context_time: float = 0.2
+    """Time at which models of noisy context are shown finished entities when they draw again; 0 leaves that out."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where the models are measured; training uses what there is."""
 
@@ -118,6 +122,9 @@ def main(config: Config) -> None:
         if found["asked"] != _asked(config):
             raise SystemExit(f"{folder} was made with {found['asked']}, now {_asked(config)} is asked: use another --out")
         results.setdefault(f"{order} {context}", {})[str(seed)] = found
+        if found["frechet_shown_noisy"] is not None:
+            row = {**found, "frechet": found["frechet_shown_noisy"]}
+            results.setdefault(f"{order} noisy@{config.context_time:g}", {})[str(seed)] = row
     about = {"command": command_line("eval.claims.next_x"), **_asked(config), "seeds": list(config.seeds), "shape": config.shape}
     about |= {"machine": machine(config.device), "versions": versions()}
     claims = verdicts(results, config.clean_orders)
@@ -169,7 +176,10 @@ def _run(order: str, context: str, seed: int, config: Config, source: dict, fold
     trained = clock() - began
     pipe = vistok.load(folder / "run").to(config.device)
     task.model = pipe.generator
-    samples, stats, seconds = _draw(pipe, task.codes, config, seed, clock)
+    samples, stats, seconds = _draw(pipe, task.codes, config, seed, clock, context_time=0.0)
+    again = None
+    if context == "noisy" and config.context_time and pipe.generator.order.num_entities > 1:
+        again = _draw(pipe, task.codes, config, seed, clock, context_time=config.context_time)[0]
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
     return {
         "asked": _asked(config),
@@ -178,13 +188,14 @@ def _run(order: str, context: str, seed: int, config: Config, source: dict, fold
         "training_seconds": trained,
         "loss_clean_context": task.held_out_loss(context="clean"),
         "frechet": frechet_distance(real, FeatureStatistics.of(features_of(net, samples))),
+        "frechet_shown_noisy": None if again is None else frechet_distance(real, FeatureStatistics.of(features_of(net, again))),
         "network_passes": stats,
         "seconds_per_image": seconds,
     }
 
 
 @torch.no_grad()
-def _draw(pipe, codes, config: Config, seed: int, clock) -> tuple[torch.Tensor, int, float]:
+def _draw(pipe, codes, config: Config, seed: int, clock, *, context_time: float) -> tuple[torch.Tensor, int, float]:
     """Samples [n, 3, H, W] as saved, network passes an image, and seconds an image without decoding."""
     model, images, seconds, passes = pipe.generator, [], 0.0, 0
     labels = [i % len(pipe.classes) if pipe.classes else -1 for i in range(config.num_samples)]
@@ -197,7 +208,7 @@ def _draw(pipe, codes, config: Config, seed: int, clock) -> tuple[torch.Tensor, 
             model.make_condition(len(part), labels=part),
             generators=generators,
             codes=codes,
-            sampling=FlowSampling(num_steps=config.num_steps, solver="euler"),
+            sampling=FlowSampling(num_steps=config.num_steps, solver="euler", context_time=context_time),
             guidance_scale=config.guidance_scale,
         )
         seconds, passes = seconds + clock() - began, stats.target_passes
@@ -212,6 +223,9 @@ def verdicts(results: dict[str, dict[str, dict]], clean_orders: tuple[str, ...] 
     """
     claims = {claim: tuple(f"{order} {context}" for order, context in sides) for claim, sides in CLAIMS.items()}
     claims |= {f"noisy context beats teacher forcing, {order}": (f"{order} noisy", f"{order} clean") for order in clean_orders}
+    for how in {name.split()[1] for name in results if "@" in name}:  # the same claims of the other way to draw
+        renamed = {claim: tuple(_if_there(side.replace("noisy", how), side, results) for side in sides) for claim, sides in claims.items()}
+        claims |= {f"{claim} ({how})": sides for claim, sides in renamed.items() if sides != claims[claim]}
     logs = {name: [math.log(row["frechet"]) for row in rows.values()] for name, rows in results.items()}
     several = [values for values in logs.values() if len(values) > 1]
     freedom = sum(len(values) - 1 for values in several)
@@ -225,6 +239,11 @@ def verdicts(results: dict[str, dict[str, dict]], clean_orders: tuple[str, ...] 
         decided = spread is not None and abs(gain) > 2 * spread
         out[claim] = {"verdict": (HOLDS if gain > 0 else FAILS) if decided else UNDECIDED, "gain": gain, "spread": spread}
     return out
+
+
+def _if_there(name: str, other: str, results: dict) -> str:
+    """An order of one entity is shown nothing, so that it has one way to draw."""
+    return name if name in results else other
 
 
 def markdown(results: dict[str, dict[str, dict]], claims: dict[str, dict], about: dict) -> str:

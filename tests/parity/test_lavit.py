@@ -176,7 +176,7 @@ def test_conditioning_of_the_diffusion_decoder(golden):
         model, results = _build(golden, heads), {}
         for path in ("argmax", "sampled"):
             tokens = _tokens(model, golden, path)
-            codes = model.embed(tokens.ids.clamp(min=0)[:, : int(tokens.counts.max())])
+            codes = model.embed(tokens.ids.clamp(min=0)[:, : max(1, int(tokens.counts.max()))])
             with torch.no_grad():
                 results[f"{path}_condition"], results[f"{path}_pooled"] = model.conditioning(model.decoder(codes, tokens.counts))
         try:

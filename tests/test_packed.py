@@ -12,6 +12,7 @@ import vistok
 from vistok import rng
 from vistok.decoding import SamplingConfig, generate
 from vistok.layers import native
+from vistok.layers.attention import attend
 from vistok.layers.norms import RMSNorm
 from vistok.layers.packed import MAX_ROWS, Int8Linear, packed_linears, to_int8
 
@@ -20,7 +21,7 @@ from vistok.layers.packed import MAX_ROWS, Int8Linear, packed_linears, to_int8
 def product(request, monkeypatch):
     """Everything here holds with our product and with what stands in for it where it cannot be built."""
     if request.param == "torch's":
-        monkeypatch.setenv("VISTOK_NATIVE", "0")
+        monkeypatch.setattr(native, "enabled", False)
         if not {"fbgemm", "x86"} & set(torch.backends.quantized.supported_engines):
             pytest.skip("this torch has no int8 kernels for this processor")
     elif not native.is_available():
@@ -205,7 +206,6 @@ def test_our_product_is_the_same_to_the_bit_for_any_number_of_rows_and_threads(p
 
 def test_without_a_compiler_or_where_it_fails_there_is_no_product_of_ours(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("VISTOK_NATIVE", raising=False)
     probe = native._library.__wrapped__  # what is built once a process, here anew
     for script in ("exit 1", 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"'):
         cc = tmp_path / "cc"
@@ -217,7 +217,40 @@ def test_without_a_compiler_or_where_it_fails_there_is_no_product_of_ours(monkey
     assert probe() is None
 
 
-# norms
+# attention and norms
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 5, 77])
+@pytest.mark.parametrize("d", [8, 40, 64, 72])
+def test_attention_of_one_query_is_torchs_and_that_of_each_row_alone(length, d):
+    generator = torch.Generator().manual_seed(length)
+    tables = torch.randn(2, 3, 4, 80, d, generator=generator)  # as a cache has them: filled up to a length
+    q = torch.randn(3, 1, 4, d, generator=generator).transpose(1, 2) * 3
+    k, v = tables[:, :, :, :length]
+    out = attend(q, k, v)
+    assert torch.allclose(out, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
+    assert torch.allclose(attend(q, k, v, scale=0.5), F.scaled_dot_product_attention(q, k, v, scale=0.5), atol=1e-5)
+    alone = torch.cat([attend(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(3)])
+    assert torch.allclose(alone, out, atol=1e-6) and (not native.is_available() or torch.equal(alone, out))
+    far = attend(1e4 * q, k, v)  # scores that an exponential alone would overflow on
+    assert torch.allclose(far, F.scaled_dot_product_attention(1e4 * q, k, v), atol=1e-2) and far.isfinite().all()
+
+
+@torch.no_grad()
+def test_attention_that_is_no_plain_step_is_torchs():
+    x = torch.randn(2, 4, 6, 12)  # a width that is no multiple of 8, no gaps, several queries, a mask, other types
+    mask = torch.rand(2, 1, 1, 6) < 0.5
+    mask[..., 0] = True
+    for q, k, v, options in [
+        (x[:, :, :1], x, x, {}),
+        (x[..., :8], x[..., :8], x[..., :8], {"is_causal": True}),
+        (x[:, :, :1, :8], x[..., :8], x[..., :8], {}),
+        (x[:, :, :1], x, x, {"mask": mask}),
+        (x[:, :, :1].double(), x.double(), x.double(), {}),
+    ]:
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=options.get("mask"), is_causal=options.get("is_causal", False))
+        assert torch.equal(attend(q, k, v, **options), expected)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])

@@ -9,7 +9,8 @@ Weights are random (timing does not depend on them), float32, equal in number an
 two rows, conditional and unconditional, whose logits are mixed; ids are the most probable ones, so that all do the same. Whole calls are
 timed, prefill and packing of weights included, in interleaved rounds, so that a busy machine slows all; what counts is the ratio within a
 round. "steps/s" is without the first step of each call. "read" is what a step has to read, weights once and the filled cache, a second;
-"share" is that over the memory bandwidth measured just before. Then what int8 weights cost, on these and on bundled generators.
+"share" is that over the memory bandwidth measured just before. "no compiler" is what a machine without one gets (VISTOK_NATIVE=0). Then
+what the packed path and int8 weights cost in logits, step by step, on these weights and on bundled generators.
 
 Peer contract: `module:function` names a function (shape: Shape) -> generate, which is called as
 generate(num_tokens, guidance_scale, on_step) and calls on_step() after each token.
@@ -33,6 +34,7 @@ import tyro
 import vistok
 from vistok.decoding import SamplingConfig, generate
 from vistok.generators import GPT
+from vistok.layers import native
 from vistok.layers.packed import packed_linears, to_int8
 from vistok.rng import image_generators
 
@@ -97,6 +99,8 @@ def main(config: BenchConfig) -> None:
         ways["peer"] = getattr(importlib.import_module(module), function)(shape)
     ways["vistok, plain"] = lambda *arguments: plain_loop(model, *arguments)
     ways["vistok"] = lambda *arguments: our_way(model, *arguments)
+    if device.type == "cpu" and native.is_available():
+        ways["vistok, no compiler"] = lambda *arguments: without_compiler(our_way, model, *arguments)
     if config.compile:
         compiled = build(shape).to(device)
         compiled.compile(fullgraph=True)
@@ -125,11 +129,14 @@ def build(shape: Shape) -> GPT:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that can be read: the better of a sum and of a one-row product, over half a GiB."""
+    """Bytes a second that can be read: the best of a sum, of torch's one-row product and of ours, over half a GiB."""
     table, vector = torch.ones(16384, 8192, device=device), torch.ones(1, 16384, device=device)
+    ways = [table.sum, lambda: vector @ table]
+    if device.type == "cpu" and native.is_available():
+        ways.append(lambda: native.linear_rows(vector[:, :8192], table))
     best = 0.0
     for _ in range(4):
-        for read in (table.sum, lambda: vector @ table):
+        for read in ways:
             wait(device)
             began = time.perf_counter()
             read()
@@ -158,6 +165,15 @@ def our_way(model: GPT, num_tokens: int, guidance_scale: float, on_step: Callabl
     options = dict(num_tokens=num_tokens, guidance_scale=guidance_scale, sampling=SamplingConfig(temperature=0))
     uniforms = torch.zeros(1, num_tokens)
     generate(model, model.make_condition(1, labels=[0]), uniforms=uniforms, on_step=lambda step, ids: on_step(), **options)
+
+
+def without_compiler(way: Callable, *arguments) -> None:
+    """A way, with torch's products in the place of ours."""
+    native.enabled = False
+    try:
+        way(*arguments)
+    finally:
+        native.enabled = True
 
 
 def plain_loop(model: GPT, num_tokens: int, guidance_scale: float, on_step: Callable[[], None]) -> None:
@@ -226,7 +242,7 @@ def measure(config: BenchConfig, ways: dict[str, Callable], model: GPT, N: int, 
             if len(stamps) != N:
                 raise RuntimeError(f"{name} made {len(stamps)} steps instead of {N}")
             calls[name].append((seconds, (N - 1) / (stamps[-1] - stamps[0])))
-    print(f"{'':16}{'call s':>9}{'steps/s':>9}{'spread':>15}{'read GB/s':>11}{'share':>8}{'faster, whole calls':>28}")
+    print(f"{'':20}{'call s':>9}{'steps/s':>9}{'spread':>15}{'read GB/s':>11}{'share':>8}{'faster, whole calls':>28}")
     rows = []
     for name in order:
         seconds, rates = zip(*calls[name])
@@ -234,7 +250,7 @@ def measure(config: BenchConfig, ways: dict[str, Callable], model: GPT, N: int, 
         rate = statistics.median(rates)
         ratios = [first / mine for (first, _), mine in zip(calls[order[0]], seconds)]
         row = {"name": name, "seconds": seconds, "steps_per_second": rates, "bytes_per_step": size, "ratio": statistics.median(ratios)}
-        line = f"{name:16}{statistics.median(seconds):>9.2f}{rate:>9.1f}{f'{min(rates):.1f} to {max(rates):.1f}':>15}"
+        line = f"{name:20}{statistics.median(seconds):>9.2f}{rate:>9.1f}{f'{min(rates):.1f} to {max(rates):.1f}':>15}"
         line += f"{size * rate / 1e9:>11.1f}{size * rate / bandwidth:>8.0%}"
         print(line + f"{row['ratio']:>11.2f}x ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
         rows.append(row)
@@ -242,12 +258,17 @@ def measure(config: BenchConfig, ways: dict[str, Callable], model: GPT, N: int, 
 
 
 def logit_errors(name: str, exact: GPT, other: GPT, N: int) -> dict:
-    """How far the logits of `other` (of the packed path, where it is `exact` itself) are from those of `exact`, along its own samples."""
+    """How far the logits of `other` (of the packed path, where it is `exact` itself) are from those of `exact`, along its own samples.
+
+    `exact` reads each sample in one plain pass, `other` a token a step, as generation does.
+    """
     sampling, condition = dict(num_tokens=N, generators=image_generators(0, 4)), exact.make_condition(4)
     ids = generate(exact, condition, **sampling)[0].ids[:, : N - 1]
     expected = exact(ids, condition)
-    with packed_linears(other, 8):
-        logits = other(ids, condition)
+    cache = other.new_cache(len(ids), N)
+    with packed_linears(other, len(ids)):
+        steps = [other(ids[:, :0], condition, cache=cache), *(other(ids[:, n : n + 1], cache=cache) for n in range(N - 1))]
+    logits = torch.cat(steps, dim=1)
     law, log_law = expected.softmax(-1), expected.log_softmax(-1)
     kl = (law * (log_law - logits.log_softmax(-1))).sum(-1)
     best = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
@@ -273,6 +294,9 @@ def describe(config: BenchConfig, model: GPT, N: int, bandwidth: float) -> None:
     print(f"machine:   {cpu}, {usable} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}")
     print(
         f"torch:     {torch.__version__}, {torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}, float32"
+    )
+    print(
+        f"product:   {'our own, built by the compiler here' if native.is_available() else 'of torch: no compiler here, or VISTOK_NATIVE=0'}"
     )
     if not config.no_transformers:
         print(f"peer:      transformers {importlib.import_module('transformers').__version__}, LlamaForCausalLM.generate")

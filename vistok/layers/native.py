@@ -1,4 +1,4 @@
-"""Products and norms of a few rows in C (`rows.c`): built once a machine by its compiler, and done without where there is none.
+"""Products, norms and attention of a few rows in C (`rows.c`): built once a machine by its compiler, and done without where there is none.
 
 torch's own products of two rows read a matrix at half the speed or less. The library is built in a second, by `cc -O3 -march=native`, into
 `~/.cache/vistok` (or `$XDG_CACHE_HOME/vistok`), and checked against torch before it is used. On anything but Linux, without a compiler, or
@@ -22,9 +22,13 @@ SOURCE = Path(__file__).with_name("rows.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu11", "-fPIC", "-shared")
 
 
+enabled = os.environ.get("VISTOK_NATIVE") != "0"
+"""Whether the library may be used; read often, so from the environment only once."""
+
+
 def is_available() -> bool:
     """Whether the functions below can be called; the first call may build the library."""
-    return os.environ.get("VISTOK_NATIVE") != "0" and _library() is not None
+    return enabled and _library() is not None
 
 
 def linear_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -41,9 +45,22 @@ def linear_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Te
     return y
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v of one query a row; no gradient.
+
+    q: [B, h, 1, d]. k, v: [B, h, S, d], the last two axes without gaps. All float32 on the CPU, d a multiple of 8, and unchecked.
+    """
+    (B, h, S, d), q = k.shape, q.contiguous()
+    y, scores = torch.empty_like(q), q.new_empty(B * h, S)
+    strides = (*k.stride()[:2], *v.stride()[:2])
+    addresses = (part.data_ptr() for part in (q, k, v, scores, y))
+    _library().attend(*addresses, B, h, S, d, *strides, scale, torch.get_num_threads())
+    return y
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean x^2 + eps) weight; no gradient. x: [..., D], weight: [D], both float32 on the CPU, and unchecked."""
-    x, D = x.contiguous(), len(weight)
+    x, D = x.contiguous(), x.shape[-1]
     y = torch.empty_like(x)
     _library().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // D, D, eps)
     return y
@@ -58,8 +75,9 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_build(compiler)))
         library.linear_rows.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3 + [ctypes.c_int]
         library.rms_norm.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_float]
+        library.attend.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 8 + [ctypes.c_float, ctypes.c_int]
         library.use_threads.argtypes = [ctypes.c_void_p] * 2
-        for function in (library.linear_rows, library.rms_norm, library.use_threads):
+        for function in (library.linear_rows, library.rms_norm, library.attend, library.use_threads):
             function.restype = None
         library.use_threads(*_threads())
     except (OSError, AttributeError, subprocess.SubprocessError):

@@ -19,7 +19,7 @@ class RMSNorm(nn.RMSNorm):
         weight = self.weight
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (x.dtype == weight.dtype == torch.float32 and x.is_cpu):
             return super().forward(x)
-        if x.shape[-1] == len(weight) and x.numel() <= _FEW_ROWS * len(weight) and native.is_available():
+        if x.shape[-1:] == weight.shape and x.numel() <= _FEW_ROWS * x.shape[-1] and native.is_available():
             return native.rms_norm(x, weight, self.eps)
         # sqrt(mean x^2 + eps) as the hypotenuse of |x| / sqrt(D) and sqrt(eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) * (1 / math.sqrt(len(weight)))

@@ -162,7 +162,7 @@ class Int8Linear(nn.Module):
         rows = x.detach().reshape(-1, self.in_features).float()
         if self._packed is not None:
             out = self._by_digits(rows)
-        elif len(rows) <= MAX_ROWS:
+        elif len(rows) <= MAX_ROWS and not torch.compiler.is_compiling():
             out = native.linear_rows(rows, self.quantized, self.scale)
         else:  # as fast as the plain product, but for making the weights
             out = F.linear(rows, self.quantized.float()).mul_(self.scale)

@@ -1,6 +1,6 @@
-/* Products of a few rows with a large matrix, y = x W^T, at the speed at which W can be read.
+/* What a step of decoding does with few rows: y = x W^T at the speed at which W can be read, norms, and attention of one query a row.
 
-   What limits a step of decoding is how fast one thread can fetch W. Each thread therefore reads four distant parts of it side by side,
+   What limits such a product is how fast one thread can fetch W. Each thread therefore reads four distant parts of it side by side,
    which keeps four of the processor's prefetchers busy, and uses what it read for all rows at once. W lies as it is; nothing is packed.
 
    w [O, K] float or int8, x [R, K], scale [O] (int8 only) and bias [O] or null, y [R, O]. A sum's order depends on K alone, so that a
@@ -98,12 +98,12 @@ static void (*run_in_parallel)(void (*)(void *), void *, unsigned, unsigned);
                 if (R - r == 1) NAME##_4_1(ARGUMENTS(T, o), quarter);                                                                      \
                 else if (R - r == 2) NAME##_4_2(ARGUMENTS(T, o), quarter);                                                                 \
                 else NAME##_4_3(ARGUMENTS(T, o), quarter);                                                                                 \
-        if (n == job->num_threads - 1)                                                                                                     \
-            for (long o = 4 * quarter; o < O; o++)                                                                                         \
-                for (long r = 0; r < R; r += 3)                                                                                            \
-                    if (R - r == 1) NAME##_1_1(ARGUMENTS(T, o), 0);                                                                        \
-                    else if (R - r == 2) NAME##_1_2(ARGUMENTS(T, o), 0);                                                                   \
-                    else NAME##_1_3(ARGUMENTS(T, o), 0);                                                                                   \
+        if (n < job->num_threads - 1) return;                                                                                              \
+        for (long o = 4 * quarter; o < O; o++)                                                                                             \
+            for (long r = 0; r < R; r += 3)                                                                                                \
+                if (R - r == 1) NAME##_1_1(ARGUMENTS(T, o), 0);                                                                            \
+                else if (R - r == 2) NAME##_1_2(ARGUMENTS(T, o), 0);                                                                       \
+                else NAME##_1_3(ARGUMENTS(T, o), 0);                                                                                       \
     }
 #define ARGUMENTS(T, o)                                                                                                                    \
     (const T *)job->w + (o) * K, job->x + r * K, job->scale ? job->scale + (o) : 0, job->bias ? job->bias + (o) : 0, job->y + r * O + (o), \
@@ -139,4 +139,54 @@ void rms_norm(const float *x, const float *weight, float *y, long R, long K, flo
         float factor = 1 / sqrtf(total(squares) / K + eps);
         for (k = 0; k < K; k++) y[k] = x[k] * factor * weight[k];
     }
+}
+
+/* softmax(scale q k^T) v of one query for each of the heads of all rows. k and v lie as [rows, heads, S, d] with gaps between heads and
+   between rows, as in a cache; q and y without. d is a multiple of 8. scores [rows heads, S] is room to work in. */
+struct attention {
+    const float *q, *k, *v; float *scores, *y; long rows, heads, S, d, k_row, k_head, v_row, v_head; float scale; int num_threads;
+};
+
+/* N 8 channels of the weighted sum; N sums stay in registers. */
+#define WEIGHTED_SUM(N)                                                                                                                    \
+    static inline void weighted_sum_##N(const float *v, const float *weights, float factor, float *y, long S, long d)                      \
+    {                                                                                                                                      \
+        vec sums[N] = {};                                                                                                                  \
+        for (long s = 0; s < S; s++) {                                                                                                     \
+            vec weight = {weights[s], weights[s], weights[s], weights[s], weights[s], weights[s], weights[s], weights[s]};                 \
+            for (int i = 0; i < N; i++) sums[i] = add_product(sums[i], weight, load_f32(v + s * d + i * WIDTH));                           \
+        }                                                                                                                                  \
+        for (int i = 0; i < N; i++) *(vec *)(y + i * WIDTH) = sums[i] * factor;                                                            \
+    }
+WEIGHTED_SUM(1)
+WEIGHTED_SUM(8)
+
+static void attend_part(void *data)
+{
+    const struct attention *job = data;
+    long S = job->S, d = job->d, num = job->rows * job->heads, n = job->num_threads > 1 ? thread_number() : 0;
+    for (long i = num * n / job->num_threads; i < num * (n + 1) / job->num_threads; i++) {
+        const float *q = job->q + i * d, *k = job->k + i / job->heads * job->k_row + i % job->heads * job->k_head;
+        const float *v = job->v + i / job->heads * job->v_row + i % job->heads * job->v_head;
+        float *scores = job->scores + i * S, *y = job->y + i * d, largest = -INFINITY, sum = 0;
+        for (long s = 0; s < S; s++) {
+            vec products = {};
+            for (long c = 0; c < d; c += WIDTH) products = add_product(products, load_f32(q + c), load_f32(k + s * d + c));
+            scores[s] = total(products) * job->scale;
+            if (!(scores[s] <= largest)) largest = scores[s]; /* takes a NaN on, as torch does */
+        }
+        for (long s = 0; s < S; s++) sum += scores[s] = expf(scores[s] - largest);
+        long c = 0;
+        for (; c + 8 * WIDTH <= d; c += 8 * WIDTH) weighted_sum_8(v + c, scores, 1 / sum, y + c, S, d);
+        for (; c < d; c += WIDTH) weighted_sum_1(v + c, scores, 1 / sum, y + c, S, d);
+    }
+}
+
+void attend(const float *q, const float *k, const float *v, float *scores, float *y, long rows, long heads, long S, long d, long k_row,
+            long k_head, long v_row, long v_head, float scale, int num_threads)
+{
+    int threads = run_in_parallel && rows * heads * S * d >= 1 << 15 ? num_threads : 1;
+    struct attention job = {q, k, v, scores, y, rows, heads, S, d, k_row, k_head, v_row, v_head, scale, threads};
+    if (threads > 1) run_in_parallel(attend_part, &job, threads, 0);
+    else attend_part(&job);
 }

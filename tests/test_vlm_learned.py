@@ -9,6 +9,7 @@ from vlm_toys import IMAGE, SPECIAL, build
 
 import vistok
 from vistok.pruning.learned import ATP, ATPConfig, DeleteGate, DeleteGateConfig, SoftLayers, budget_loss
+from vistok.rng import image_generators
 from vistok.testing import assert_matches_mask_oracle
 
 
@@ -105,6 +106,36 @@ def test_the_budget_is_in_tokens_and_a_floor_holds_every_stage_up():
     torch.testing.assert_close(terms["budget"], torch.tensor(4.0 - 2.5))
     torch.testing.assert_close(terms["late"], torch.tensor(0.9 * 1 + 0.3 * 2))
     torch.testing.assert_close(terms["floor"], torch.tensor(1.0))
+
+
+def test_the_target_falls_to_its_value_and_stays_there():
+    from vistok.training.tasks.pruner import PrunerTaskConfig
+
+    config = PrunerTaskConfig(target=0.25, anneal_steps=4)
+    assert [config.target_at(step) for step in (0, 2, 4, 9)] == [1.0, 0.625, 0.25, 0.25]
+    assert [float(config.target_at(torch.tensor(step))) for step in (0, 2, 9)] == [1.0, 0.625, 0.25]
+    assert PrunerTaskConfig(target=0.25).target_at(0) == 0.25
+
+
+def test_a_gate_in_training_is_drawn_for_each_prompt_and_mostly_open_or_shut():
+    model, inputs = build("llava")
+    pruner = gate()
+    for stage in pruner.stages:
+        torch.nn.init.zeros_(stage.score.weight)
+
+    def kept(rows: slice, numbers: list[int] | None):
+        generators = None if numbers is None else image_generators(0, numbers)
+        part = {key: value[rows] for key, value in inputs.items() if key != "pixel_values"}
+        part["pixel_values"] = inputs["pixel_values"][2 * (rows.start or 0) : 2 * rows.stop]  # two images, then one
+        with torch.no_grad(), SoftLayers(model, pruner, generators=generators) as soft:
+            model(**part)
+        return soft.kept[0][soft._is_visual]
+
+    assert bool((kept(slice(0, 2), None) == 0.5).all())
+    drawn = kept(slice(0, 2), [3, 4])
+    assert ((drawn < 0.1) | (drawn > 0.9)).float().mean() > 0.3
+    assert torch.equal(torch.cat([kept(slice(0, 1), [3]), kept(slice(1, 2), [4])]), drawn)
+    assert not torch.equal(kept(slice(0, 2), [4, 3]), drawn)
 
 
 def test_coarser_grids_score_higher():

@@ -8,7 +8,8 @@ ATP-LLaVA (Ye et al. 2024, arXiv 2412.00447), before layer l, for a visual token
     theta_r, theta_s = sigmoid(w . statistics of S_self and S_cross)            for each prompt and layer
     M         = max(sigmoid((S_red - theta_r) T), sigmoid((S_spa - theta_s) T))
 
-Delete gate (MrT5, Kallini et al. 2024, arXiv 2410.20771):   G_j = k sigmoid(w . LN(h_j) + b), k = -30;   stays if G_j > k / 2
+Delete gate (MrT5, Kallini et al. 2024, arXiv 2410.20771):   G_j = k sigmoid(z_j), z_j = w . LN(h_j) + b, k = -30;   stays if G_j > k / 2
+    in training with the noise that MrT5 has as an option, z_j -> 2 (z_j + logistic noise): a token is there or gone, seldom in between
 
 In training all tokens stay and log M (or G) is added to the logits that others have for j; masks of earlier stages multiply. In use a token
 with M <= 1/2 leaves, and with masks of 0 and 1 both are the same. The thresholds read detached scores: only they learn. ATP's own training
@@ -17,7 +18,9 @@ also tunes the language model, which is frozen here; its thresholds see statisti
 B prompts, Q tokens, H heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,7 @@ from vistok.pruning.masks import pack_left, validity
 from vistok.pruning.stages import LayerMethod, StageChoice, Stages, StageView
 from vistok.pruning.tap import AttentionCall, Tap, attention_of_rows
 from vistok.registry import register
+from vistok.rng import rand
 
 _NUM_STATISTICS = 12
 
@@ -48,6 +52,8 @@ class LearnedPruner(VisualModel):
     """Base: stages before some decoder layers, each a module (view, candidates) -> SoftChoice."""
 
     stages: nn.ModuleList
+    draws_noise: ClassVar[bool] = False
+    """Whether its stages take uniform numbers [B, Q] as a third argument, with which they are drawn in training."""
 
     def as_method(self) -> tuple[LayerMethod, Stages]:
         """What `vistok.pruning.layers.PrunedLayers` takes: tokens leave for good, as many as the model thinks right."""
@@ -151,12 +157,16 @@ class _Gate(nn.Module):
         self.norm, self.score = nn.LayerNorm(config.width), nn.Linear(config.width, 1)
         nn.init.constant_(self.score.bias, -3.0)  # at first nearly everything stays
 
-    def gone(self, hidden: Tensor) -> Tensor:
-        """hidden: [B, Q, D]. Returns [B, Q] in (0, 1): how much each token is gone."""
-        return self.score(self.norm(hidden.detach().float()))[..., 0].sigmoid()
+    def gone(self, hidden: Tensor, uniforms: Tensor | None = None) -> Tensor:
+        """hidden: [B, Q, D]. uniforms: [B, Q] in [0, 1), to draw it. Returns [B, Q] in (0, 1): how much each token is gone.
 
-    def forward(self, view: StageView, candidates: Tensor) -> SoftChoice:
-        gone = self.gone(view.hidden)
+        Without the draw, a gate that is a little shut for every token meets a budget and says nothing about which tokens could leave.
+        """
+        score = self.score(self.norm(hidden.detach().float()))[..., 0]
+        return score.sigmoid() if uniforms is None else (2 * (score + uniforms.logit(eps=1e-6))).sigmoid()
+
+    def forward(self, view: StageView, candidates: Tensor, uniforms: Tensor | None = None) -> SoftChoice:
+        gone = self.gone(view.hidden, uniforms)
         return SoftChoice((-self.strength * gone).masked_fill(~candidates, 0), (1 - gone).masked_fill(~candidates, 0))
 
 
@@ -165,6 +175,7 @@ class DeleteGate(LearnedPruner):
     """MrT5's gate: a token is deleted by its own state. In vision transformers: `vistok.pruning.learned_vit`."""
 
     Config = DeleteGateConfig
+    draws_noise = True
 
     def __init__(self, config: DeleteGateConfig):
         super().__init__(config)
@@ -176,10 +187,13 @@ class SoftLayers(Hooked):
 
     After a forward `kept` holds, for each stage, [B, Q] the product of the masks so far (0 for text), and `num_visual` [B] how many there
     were. is_hard: masks of 0 and 1, no gradients; then the logits are those of `vistok.prune(model, pruner)`. answers: [B, Q] bool, words
-    that are not there yet when a prompt is pruned: no score reads them.
+    that are not there yet when a prompt is pruned: no score reads them. generators: one a prompt, for a pruner that draws noise.
     """
 
-    def __init__(self, model: nn.Module, pruner: LearnedPruner, *, is_hard: bool = False, answers: Tensor | None = None):
+    def __init__(
+        self, model: nn.Module, pruner: LearnedPruner, *,
+        is_hard: bool = False, answers: Tensor | None = None, generators: Sequence[torch.Generator] | None = None,
+    ):  # fmt: skip
         family, text = family_of(model), text_model(model)
         layers = pruner.settings.layers
         if family.not_inside or text.config._attn_implementation not in ("sdpa", "eager"):
@@ -187,6 +201,7 @@ class SoftLayers(Hooked):
         if layers[-1] >= len(text.layers):
             raise ValueError(f"the pruner has stages before layers {layers}, the model has {len(text.layers)}")
         self.model, self.pruner, self.text, self.is_hard, self.answers = model, pruner, text, is_hard, answers
+        self.generators = generators
         self.kept: list[Tensor] = []
         self._calls: dict[int, AttentionCall] = {}
         self._handles: list = [
@@ -242,7 +257,10 @@ class SoftLayers(Hooked):
             number, hidden, alive, is_text, self._embeddings, kwargs.get("position_embeddings"),
             self._calls.pop(number), ordinal,
         )  # fmt: skip
-        choice = self.pruner.stages[self.pruner.settings.layers.index(number)](view, self._is_visual)
+        draws = ()
+        if self.generators is not None:  # one number for each visual token in its order: padding changes none
+            draws = (rand(alive.shape[1:], self.generators, device=alive.device).gather(1, ordinal.clamp(min=0)),)
+        choice = self.pruner.stages[self.pruner.settings.layers.index(number)](view, self._is_visual, *draws)
         if self.is_hard:
             stays = stays_of(choice, alive)
             gone = torch.full_like(choice.bias, -torch.inf).masked_fill(stays | ~self._is_visual, 0)

@@ -57,25 +57,25 @@ def _image_data(target: str, model, config: TrainConfig) -> tuple:
 @recipe
 def atp_tiny() -> Recipe:
     """ATP's thresholds on any small model; seconds on two CPU cores."""
-    return Recipe("pruner", tiny_config(data="questions", flip=False, max_steps=30), _atp)
+    return Recipe("pruner", tiny_config(data="questions", flip=False, max_steps=30), _task(_atp))
 
 
 @recipe
 def atp_emoji() -> Recipe:
     """ATP's thresholds on emoji-vlm, a quarter of the visual tokens left on average; two minutes on a CPU core."""
-    return Recipe("pruner", replace(_emoji(), max_steps=200), _atp)
+    return Recipe("pruner", replace(_emoji(), max_steps=200), _task(_atp))
 
 
 @recipe
 def delete_gate_tiny() -> Recipe:
-    """Delete gates on any small model; seconds on two CPU cores."""
-    return Recipe("pruner", tiny_config(data="questions", flip=False, max_steps=30), _delete_gate)
+    """A delete gate on any small model; seconds on two CPU cores."""
+    return Recipe("pruner", tiny_config(data="questions", flip=False, max_steps=30), _task(_delete_gate))
 
 
 @recipe
 def delete_gate_emoji() -> Recipe:
-    """Delete gates on emoji-vlm, a quarter of the visual tokens left on average; three minutes on a CPU core."""
-    return Recipe("pruner", _emoji(), _delete_gate)
+    """MrT5's one gate, after a quarter of the layers of emoji-vlm, a quarter of the visual tokens left; a minute on a CPU core."""
+    return Recipe("pruner", replace(_emoji(), max_steps=200), _task(_delete_gate, anneal_steps=120, budget_weight=0.05, late_weight=0.0))
 
 
 @recipe
@@ -86,8 +86,8 @@ def vit_gate_tiny() -> Recipe:
 
 @recipe
 def vit_gate_emoji() -> Recipe:
-    """Delete gates on emoji-vit, half of the patches left behind the last; minutes on a CPU core."""
-    return Recipe("pruner", replace(_emoji(), data="scenes", image_size=48, batch_size=32), _vit_gate)
+    """Delete gates on emoji-vit, half of the patches left behind the last; two minutes on a CPU core."""
+    return Recipe("pruner", replace(_emoji(), data="scenes", image_size=48, max_steps=150), _vit_gate)
 
 
 def _emoji() -> TrainConfig:
@@ -103,30 +103,33 @@ def _stage_layers(depth: int) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in layers if layer < depth))
 
 
-def _task(make: Callable) -> Callable[[Sources], TrainingTask]:
+def _task(make: Callable, **budget) -> Callable[[Sources], TrainingTask]:
     def build(sources: Sources) -> TrainingTask:
-        from vistok.pruning.families import text_model
         from vistok.training.tasks.pruner import PrunerTask, PrunerTaskConfig
 
         target, name, share = sources.target
-        config = PrunerTaskConfig() if share is None else PrunerTaskConfig(target=share, floor=min(share, PrunerTaskConfig().floor))
-        return PrunerTask(make(target, _stage_layers(len(text_model(target).layers))), target, config, target_name=name)
+        config = PrunerTaskConfig(**budget)
+        if share is not None:
+            config = replace(config, target=share, floor=min(share, config.floor))
+        return PrunerTask(make(target), target, config, target_name=name)
 
     return build
 
 
-@_task
-def _atp(target, layers: tuple[int, ...]):
+def _atp(target):
+    from vistok.pruning.families import text_model
     from vistok.pruning.learned import ATP, ATPConfig
 
+    layers = _stage_layers(len(text_model(target).layers))
     return ATP(ATPConfig(layers=layers, grid=math.isqrt(target.config.image_seq_length)))
 
 
-@_task
-def _delete_gate(target, layers: tuple[int, ...]):
+def _delete_gate(target):
+    from vistok.pruning.families import text_model
     from vistok.pruning.learned import DeleteGate, DeleteGateConfig
 
-    return DeleteGate(DeleteGateConfig(layers=layers, width=target.config.text_config.hidden_size))
+    depth = len(text_model(target).layers)
+    return DeleteGate(DeleteGateConfig(layers=(max(1, round(depth / 4)),), width=target.config.text_config.hidden_size))
 
 
 def _vit_gate(sources: Sources) -> TrainingTask:
@@ -136,6 +139,6 @@ def _vit_gate(sources: Sources) -> TrainingTask:
     target, name, share = sources.target
     depth = len(target.blocks)
     layers = tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
-    config = GateTaskConfig() if share is None else GateTaskConfig(target=share)
+    config = GateTaskConfig(anneal_steps=90) if share is None else GateTaskConfig(anneal_steps=90, target=share)
     model = DeleteGate(DeleteGateConfig(layers=layers, width=target.embed_dim))
     return GateTask(model, target, config, target_name=name, held_out=sources.held_out)

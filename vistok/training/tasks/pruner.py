@@ -23,7 +23,21 @@ from vistok.training.tasks.vlm import QuestionBatch, VLMTask, VLMTaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrunerTaskConfig:
+class _Budget:
+    """A share of the tokens that a run comes down to."""
+
+    target: float
+    anneal_steps: int = 0
+    """Steps in which the target falls from everything to `target`: while it is near 1, the answers say which tokens go first."""
+
+    def target_at(self, step: int | Tensor) -> float | Tensor:
+        """The share that is aimed at in a step."""
+        left = 1 - step / self.anneal_steps if self.anneal_steps else 0.0
+        return self.target + (1 - self.target) * (left.clamp(min=0) if isinstance(left, Tensor) else max(0.0, left))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunerTaskConfig(_Budget):
     """The budget and its weights."""
 
     target: float = 0.25
@@ -37,8 +51,8 @@ class PrunerTaskConfig:
     def __post_init__(self):
         if not 0 <= self.floor <= self.target <= 1 or self.target == 0:
             raise ValueError(f"floor={self.floor}, target={self.target} but 0 <= floor <= target <= 1 and target is not 0")
-        if min(self.late_weight, self.budget_weight, self.floor_weight) < 0:
-            raise ValueError("weights of the budget must not be negative")
+        if min(self.late_weight, self.budget_weight, self.floor_weight, self.anneal_steps) < 0:
+            raise ValueError("weights of the budget and anneal_steps must not be negative")
 
 
 class PrunerTask(TrainingTask):
@@ -60,17 +74,20 @@ class PrunerTask(TrainingTask):
         return self.scenes.make_loader(config, start, rank, world_size)
 
     def forward(self, batch: QuestionBatch, generators, step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro batch; logs the share of tokens that each stage leaves, by the soft count. No random draws."""
-        with SoftLayers(self.scenes.model, self.model, answers=batch.targets >= 0) as soft:
+        """The loss of one micro batch; logs the share of tokens that each stage leaves, by the soft count. Gates draw their noise."""
+        draws = generators if self.model.draws_noise else None
+        with SoftLayers(self.scenes.model, self.model, answers=batch.targets >= 0, generators=draws) as soft:
             logits = self._logits(batch)
-        target = batch.targets[:, 1:]
-        is_asked = target >= 0
-        answers = F.cross_entropy(logits[is_asked], target[is_asked])
-        terms = budget_loss(soft.kept, soft.num_visual, self.model.settings.layers, target=self.config.target, floor=self.config.floor)
+        wanted = batch.targets[:, 1:]
+        is_asked = wanted >= 0
+        wanted = wanted[is_asked]
+        answers = F.cross_entropy(logits[is_asked], wanted)
         config = self.config
+        target, layers = config.target_at(step), self.model.settings.layers
+        terms = budget_loss(soft.kept, soft.num_visual, layers, target=target, floor=config.floor)
         loss = answers + config.late_weight * terms["late"] + config.budget_weight * terms["budget"] + config.floor_weight * terms["floor"]
         logs = {f"kept_{number}": (kept.sum(dim=1) / soft.num_visual).mean() for number, kept in enumerate(soft.kept)}
-        logs |= {"answer_loss": answers, "answers": (logits[is_asked].argmax(dim=-1) == target[is_asked]).float().mean()}
+        logs |= {"answer_loss": answers, "answers": (logits[is_asked].argmax(dim=-1) == wanted).float().mean()}
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def _logits(self, batch: QuestionBatch) -> Tensor:
@@ -101,7 +118,7 @@ class PrunerTask(TrainingTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateTaskConfig:
+class GateTaskConfig(_Budget):
     """The budget of gates in a vision transformer and its weight."""
 
     target: float = 0.5
@@ -109,8 +126,8 @@ class GateTaskConfig:
     budget_weight: float = 5.0
 
     def __post_init__(self):
-        if not 0 < self.target <= 1 or self.budget_weight < 0:
-            raise ValueError(f"target={self.target} is in (0, 1], budget_weight={self.budget_weight} not negative")
+        if not 0 < self.target <= 1 or self.budget_weight < 0 or self.anneal_steps < 0:
+            raise ValueError(f"target={self.target} is in (0, 1], budget_weight={self.budget_weight} and anneal_steps not negative")
 
 
 class GateTask(TrainingTask):
@@ -131,12 +148,12 @@ class GateTask(TrainingTask):
         """The loss of one micro batch; logs the share of patches behind each gate and how often the answer is the classifier's own."""
         with torch.no_grad():
             wanted = self.target(batch.images).log_softmax(dim=-1)
-        with SoftViT(self.target, self.model) as soft:
+        with SoftViT(self.target, self.model, generators=generators) as soft:
             logits = self.target(batch.images).log_softmax(dim=-1)
         distance = F.kl_div(logits, wanted, log_target=True, reduction="batchmean")
         kept = torch.stack([mask.mean() for mask in soft.kept])
-        shares = GatedTokens(gate=self.model, keep_ratio=self.config.target).shares()
-        budget = (kept - torch.tensor(shares, device=kept.device)).square().mean()
+        stage = torch.arange(1, len(kept) + 1, device=kept.device)
+        budget = (kept - self.config.target_at(step) ** (stage / len(kept))).square().mean()
         logs = {f"kept_{number}": share for number, share in enumerate(kept)}
         logs |= {"distance": distance, "agreement": (logits.argmax(dim=-1) == wanted.argmax(dim=-1)).float().mean()}
         return distance + self.config.budget_weight * budget, {name: value.detach() for name, value in logs.items()}

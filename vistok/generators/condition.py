@@ -331,6 +331,8 @@ def class_condition(
 
 
 def check_classes(classes: Sequence[str], num_classes: int) -> None:
-    """Raises ValueError: there are names, but not one for each class."""
+    """Raises ValueError: there are names, but not one of its own for each class."""
     if classes and len(classes) != num_classes:
         raise ValueError(f"{len(classes)} class names for num_classes={num_classes}")
+    if len(set(classes)) != len(classes):
+        raise ValueError("two classes have the same name")

@@ -9,68 +9,40 @@ Sampling is `vistok.decoding.parallel`. B images, N tokens, K codes, C classes. 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import Condition, check_classes, class_condition
+from vistok.generators.classes import ClassConditioned, LayoutConfig, check_least
+from vistok.generators.condition import Condition
 from vistok.layers.transformer import TransformerBlock
 from vistok.modeling import VisualModel
 from vistok.registry import register
-from vistok.tokens import TokenLayout
 
 NORM_EPS = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskGITConfig:
+class MaskGITConfig(LayoutConfig):
     """Shape of the network, and how it samples."""
 
-    codebook_size: int
-    """K: codes of the tokenizer."""
     layout_kind: str = "sequence"
-    """How the tokens are laid out: "sequence" or "grid"; the network reads positions only."""
     layout_shape: tuple[int, ...] = (32,)
-    """Shape of a full image's tokens."""
-    width: int = 768
-    """D."""
-    depth: int = 24
-    """Blocks."""
-    num_heads: int = 16
-    """Attention heads."""
-    hidden: int = 3072
-    """Width inside the feed-forward layers."""
     num_classes: int = 0
-    """C: classes it can be conditioned on."""
-    classes: tuple[str, ...] = ()
-    """Their names; empty, or C of them."""
     num_steps: int = 8
     """S: passes of a sampling run where the caller does not say."""
     noise: float = 2.0
     """Gumbel noise at the start of a sampling run where the caller does not say."""
 
     def __post_init__(self):
-        object.__setattr__(self, "layout_shape", tuple(self.layout_shape))
-        object.__setattr__(self, "classes", tuple(self.classes))
-        if self.width % self.num_heads:
-            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
-        if min(self.codebook_size, self.depth, self.num_steps) < 1 or self.num_classes < 0 or self.noise < 0:
-            raise ValueError("codebook_size, depth and num_steps must be at least 1, num_classes and noise not negative")
-        check_classes(self.classes, self.num_classes)
-
-    @property
-    def layout(self) -> TokenLayout:
-        """Where the tokens of a full image sit."""
-        return TokenLayout(self.layout_kind, self.layout_shape)
-
-    text = "none"  # what a pipeline asks a generator: this one reads no captions
+        super().__post_init__()
+        check_least(self, num_steps=1, noise=0)
 
 
 @register
-class MaskGIT(VisualModel):
+class MaskGIT(ClassConditioned, VisualModel):
     """A bidirectional transformer that fills masked tokens."""
 
     Config = MaskGITConfig
@@ -96,14 +68,6 @@ class MaskGIT(VisualModel):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.segments, std=0.02)
-
-    def make_condition(self, batch_size: int, *, labels: Tensor | Sequence[int] | None = None, captions=None, features=None) -> Condition:
-        """Conditions of B images on the model's device; no label is the null class.
-
-        labels: [B], -1 for none. Raises ValueError: a label is no class, or captions are given.
-        """
-        options = {"labels": labels, "captions": captions, "features": features}
-        return class_condition(batch_size, self.settings.num_classes, self.device, **options)
 
     def forward(self, ids: Tensor, condition: Condition | None = None) -> Tensor:
         """Logits [B, N, K] of every token, of ids [B, N] in [0, K], K for a masked one. condition: of the B images; None: null."""

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import Condition, check_classes, class_condition
+from vistok.generators.classes import ClassConditioned, LayoutConfig, check_least
+from vistok.generators.condition import Condition
 from vistok.layers.attention import Attention
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import MLP
@@ -29,7 +30,6 @@ from vistok.layers.norms import modulate, plain_layer_norm
 from vistok.layers.placement import PlacedCache, Placement
 from vistok.modeling import VisualModel
 from vistok.registry import register
-from vistok.tokens import TokenLayout
 
 NORM_EPS = 1e-6
 PREFIX = 2  # start and class
@@ -37,48 +37,16 @@ SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # rows that the published tables have 
 
 
 @dataclass(frozen=True, kw_only=True)
-class RARConfig:
+class RARConfig(LayoutConfig):
     """Shape of the generator."""
 
     codebook_size: int = 1024
-    """K: codes of the tokenizer."""
-    layout_kind: str = "grid"
-    """How the tokens are laid out: "grid" or "sequence"."""
-    layout_shape: tuple[int, ...] = (16, 16)
-    """Shape of a full image's tokens."""
-    width: int = 768
-    """D."""
-    depth: int = 24
-    """Blocks."""
-    num_heads: int = 16
-    """Attention heads."""
-    hidden: int = 3072
-    """Width inside the feed-forward layers."""
-    num_classes: int = 1000
-    """C: classes it can be conditioned on."""
-    classes: tuple[str, ...] = ()
-    """Their names; empty, or C of them."""
     guidance_power: float = 2.75
     """p: how late the guidance rises; 0 keeps it at its full scale throughout."""
 
     def __post_init__(self):
-        object.__setattr__(self, "layout_shape", tuple(self.layout_shape))
-        object.__setattr__(self, "classes", tuple(self.classes))
-        if self.width % self.num_heads:
-            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
-        if min(self.codebook_size, self.depth, self.num_heads) < 1 or self.num_classes < 0 or self.guidance_power < 0:
-            raise ValueError("codebook_size, depth and num_heads must be at least 1, num_classes and guidance_power not negative")
-        check_classes(self.classes, self.num_classes)
-
-    @property
-    def layout(self) -> TokenLayout:
-        """Where the tokens of a full image sit."""
-        return TokenLayout(self.layout_kind, self.layout_shape)
-
-    @property
-    def text(self) -> str:
-        """How captions are read: they are not."""
-        return "none"
+        super().__post_init__()
+        check_least(self, guidance_power=0)
 
 
 class Block(nn.Module):
@@ -100,7 +68,7 @@ class Block(nn.Module):
 
 
 @register
-class RAR(VisualModel):
+class RAR(ClassConditioned, VisualModel):
     """A causal transformer over visual token ids that knows which position it is asked for."""
 
     Config = RARConfig
@@ -131,14 +99,6 @@ class RAR(VisualModel):
             nn.init.trunc_normal_(table, std=0.02)
         for linear in (*(block.modulation for block in self.blocks), self.head_modulation):
             nn.init.zeros_(linear.weight)
-
-    def make_condition(self, batch_size: int, *, labels: Tensor | Sequence[int] | None = None, captions=None, features=None) -> Condition:
-        """Conditions of B images on the model's device; no label is the null class.
-
-        labels: [B], -1 for none. Raises ValueError: a label is no class, or captions are given.
-        """
-        options = {"labels": labels, "captions": captions, "features": features}
-        return class_condition(batch_size, self.settings.num_classes, self.device, **options)
 
     def guidance_schedule(self, scale: float) -> Callable[[int], float]:
         """Guidance of each step: rises from 1 to the scale by a powered cosine, constant where the power is 0."""

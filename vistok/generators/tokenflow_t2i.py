@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import check_classes, class_condition, fnv1a, split_words
+from vistok.generators.classes import ClassConfig
+from vistok.generators.condition import class_condition, fnv1a, split_words
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import SwiGLU
 from vistok.modeling import VisualModel
@@ -34,7 +35,7 @@ from vistok.tokens import TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenFlowT2IConfig:
+class TokenFlowT2IConfig(ClassConfig):
     """Shape of the model; the default is the published 7B one for TokenFlow-B at 256 px."""
 
     vocab_size: int = 64771
@@ -50,10 +51,8 @@ class TokenFlowT2IConfig:
     group_dims: tuple[int, ...] = (32, 8)
     """Channels of the tokenizer's semantic and pixel codes."""
     width: int = 4096
-    """D."""
     depth: int = 32
     num_heads: int = 32
-    """h."""
     hidden: int = 11008
     """Width inside the feed-forward layers."""
     rope_base: float = 10000.0
@@ -64,14 +63,11 @@ class TokenFlowT2IConfig:
     caption_tokens: int = 8
     """Words of a caption that are read, with "hash"."""
     num_classes: int = 0
-    """Classes a picture can be asked of, with "hash"."""
-    classes: tuple[str, ...] = ()
-    """Names of the classes, if they have names."""
 
     def __post_init__(self):
-        for name in ("scales", "group_dims", "classes"):
+        super().__post_init__()
+        for name in ("scales", "group_dims"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_classes(self.classes, self.num_classes)
         if self.text not in ("none", "hash") or (self.text == "none" and self.num_classes):
             raise ValueError(f'text={self.text!r} with num_classes={self.num_classes}; allowed: "hash", or "none" without classes')
         if self.text == "hash" and (self.pad_token < 1 or self.image_token_start < self.start_token + 1):

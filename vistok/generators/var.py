@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.generators.condition import ClassTokens, Condition, check_classes, class_condition
+from vistok.generators.classes import ClassConditioned, ClassConfig, check_least
+from vistok.generators.condition import ClassTokens, Condition
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.mlp import MLP
 from vistok.layers.norms import modulate, plain_layer_norm
@@ -35,23 +36,17 @@ PLAIN_SCALE = 0.25  # without unit lengths the products are scaled by 0.25/sqrt(
 
 
 @dataclass(frozen=True, kw_only=True)
-class VARConfig:
+class VARConfig(ClassConfig):
     """Shape of the generator and of its tokenizer's codes; the default is VAR-d16."""
 
     codes: ScaleCodesConfig = ScaleCodesConfig()
     """The tokenizer's codebook, scales and phis."""
     width: int = 1024
-    """D."""
     depth: int = 16
     """L."""
     num_heads: int = 16
-    """h."""
     mlp_ratio: float = 4.0
     """Width inside the feed-forward layers, in D."""
-    num_classes: int = 1000
-    """Classes a picture can be asked of; 0: unconditional."""
-    classes: tuple[str, ...] = ()
-    """Names of the classes, if they have names."""
     shared_modulation: bool = False
     """One modulation layer for all blocks, each adding its own offsets; False: a layer a block."""
     unit_attention: bool = True
@@ -59,26 +54,16 @@ class VARConfig:
     norm_eps: float = 1e-6
     """Epsilon of the norms."""
 
+    text = "none"  # what a pipeline asks a generator: this one reads no captions
+
     def __post_init__(self):
-        object.__setattr__(self, "classes", tuple(self.classes))
-        if self.width % self.num_heads:
-            raise ValueError(f"width={self.width} is not a multiple of num_heads={self.num_heads}")
-        check_classes(self.classes, self.num_classes)
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("two classes have the same name")
-        for name, least in (("depth", 1), ("num_heads", 1), ("num_classes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        super().__post_init__()
+        check_least(self, depth=1)
 
     @property
     def hidden_width(self) -> int:
         """Width inside the feed-forward layers."""
         return round(self.width * self.mlp_ratio)
-
-    @property
-    def text(self) -> str:
-        """How captions are read: they are not."""
-        return "none"
 
 
 class ScaleCache(KVCache):
@@ -166,7 +151,7 @@ class Block(nn.Module):
 
 
 @register
-class VAR(VisualModel):
+class VAR(ClassConditioned, VisualModel):
     """A transformer over scales of visual token ids."""
 
     Config = VARConfig
@@ -211,21 +196,6 @@ class VAR(VisualModel):
         state = tokenizer.quantizer.state_dict()  # may hold more: what a codebook in training counts
         self.quantizer.load_state_dict({key: state[key] for key in self.quantizer.state_dict()})
         return self
-
-    def make_condition(
-        self,
-        batch_size: int,
-        *,
-        labels: Tensor | Sequence[int] | None = None,
-        captions: Sequence[str] | None = None,
-        features: tuple[Tensor, Tensor] | None = None,
-    ) -> Condition:
-        """Conditions of B images on the model's device: labels [B], -1 for none; all none without them.
-
-        Raises ValueError: a label is no class, or captions are given, which this generator does not read.
-        """
-        options = {"labels": labels, "captions": captions, "features": features}
-        return class_condition(batch_size, self.settings.num_classes, self.device, **options)
 
     def new_cache(self, batch_size: int, max_tokens: int | None = None) -> ScaleCache:
         """An empty cache for `max_tokens` tokens (all by default) of `batch_size` rows."""

@@ -27,7 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vistok.generators.condition import NULL, ClassTokens, Condition, ConditionPrefix, check_classes, make_condition
+from vistok.generators.classes import ClassConfig, check_least
+from vistok.generators.condition import NULL, ClassTokens, Condition, ConditionPrefix, make_condition
 from vistok.generators.order import OrderConfig
 from vistok.generators.xar_sampling import FlowSampling, Sampler, time_index
 from vistok.layers.kv_cache import KVCache
@@ -42,27 +43,19 @@ TIME_FEATURES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class XARConfig:
+class XARConfig(ClassConfig):
     """Shape of the generator; the default is xAR-B."""
 
     order: OrderConfig = OrderConfig()
     """The X, and the tokens it is made of."""
     code_dim: int = 16
     """C: channels of a token."""
-    width: int = 768
-    """D."""
     encoder_depth: int = 8
     """Blocks of the first half."""
     decoder_depth: int = 8
     """Blocks of the second half."""
-    num_heads: int = 12
-    """h."""
     hidden: int = 2048
     """Width inside the feed-forward layers."""
-    num_classes: int = 1000
-    """Classes a picture can be asked of; 0: unconditional."""
-    classes: tuple[str, ...] = ()
-    """Names of the classes, if they have names."""
     text: str = "none"
     """How captions are read: "none", "hash" (words and trigrams hashed into a table), or a transformers text model, by folder or hub id."""
     caption_tokens: int = 8
@@ -82,18 +75,10 @@ class XARConfig:
     """Epsilon of the norms."""
 
     def __post_init__(self):
-        object.__setattr__(self, "classes", tuple(self.classes))
-        least = dict(
-            code_dim=1, width=1, encoder_depth=0, decoder_depth=0, num_heads=1, hidden=1, num_classes=0, caption_tokens=1, caption_buckets=1
-        )  # fmt: skip
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        super().__post_init__()
+        check_least(self, code_dim=1, encoder_depth=0, decoder_depth=0, hidden=1, caption_tokens=1, caption_buckets=1)
         if self.width % (4 * self.num_heads):
             raise ValueError(f"width={self.width} must be a multiple of 4 num_heads={4 * self.num_heads}")
-        check_classes(self.classes, self.num_classes)
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("two classes have the same name")
         if self.text not in ("none", "hash") and self.caption_width < 1:
             raise ValueError(f"text={self.text!r} needs caption_width, the width of that model's features")
         for name in ("value_mean", "value_deviation"):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vistok import rng
 from vistok.decoding.draft import Draft, TreeShape
-from vistok.decoding.generate import WORTH_PACKING, guidance_schedule
+from vistok.decoding.generate import WORTH_PACKING, generate, guidance_schedule
 from vistok.decoding.sampling import SamplingConfig, sample
 from vistok.decoding.state import DecodingState, TargetPass
 from vistok.decoding.stats import SpeculationStats, Tally
@@ -96,11 +96,17 @@ def speculate(
         raise ValueError(f"uniforms hold {uniforms.shape[1]} draws an image, but {N} tokens are asked for")
     else:
         of_position, stream = uniforms[:, :N].to(model.device), GivenUniforms(uniforms[:, N:].to(model.device))
+    scale_of = guidance_scale if callable(guidance_scale) else guidance_schedule(model, guidance_scale)
+    is_guided = any(float(scale_of(n)) != 1 for n in range(N))
+    memory = memory_of(model, drafter, (M, num_draft_tokens, N, str(rule), sampling, B, is_guided))
+    if M and N > 1 and not memory.should_try():
+        plain = dict(num_tokens=N, sampling=sampling, guidance_scale=guidance_scale, on_step=on_step)
+        tokens, cost = generate(model, condition, uniforms=of_position, **plain)
+        return tokens, SpeculationStats.of_plain(cost, drafter=drafter, rule=rule, memory=memory)
     of_position = torch.cat([of_position[:, :N], of_position.new_zeros(B, M + 1)], dim=1)  # what overshoots is drawn and thrown away
     state = read_prefix(model, condition, B, num_tokens=N, margin=M + 1, sampling=sampling, guidance_scale=guidance_scale, stream=stream)
     _first_token(state, of_position)
     run = _Run(state, drafter, rule, of_position, on_step)
-    memory = memory_of(model, drafter, (M, num_draft_tokens, N, str(rule), sampling, state.num_rows))
     plans, first = getattr(drafter, "plans", None), M
     if plans and not isinstance(num_draft_tokens, int):
         first = memory.best or max(n for n, plan in plans.items() if plan.levels[-1] == n)  # the longest chain
@@ -122,15 +128,12 @@ class _Run:
     def __init__(self, state: DecodingState, drafter, rule, of_position: Tensor, on_step):
         self.state, self.drafter, self.rule, self.of_position, self.on_step = state, drafter, rule, of_position, on_step
         self.tally = Tally(state.num_images, drafter.num_nodes, device=state.ids.device)
-        self.pace: Pace | Memory | None = None
+        self.pace: Pace | None = None
         self._reported = 0
         self._report()
 
     def draft(self, budget: int, *, paces: Callable[[Draft], bool], memory: Memory) -> None:
         """Draft and verify until every image is done, or drafting is found to lose. paces: whether that may be found, for such drafts."""
-        if not memory.should_try():
-            self.pace = memory
-            return
         self._draft(budget, paces, memory)
         if self.pace is not None:
             memory.learn(self.pace)

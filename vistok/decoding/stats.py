@@ -33,6 +33,15 @@ class SpeculationStats(GenerationStats):
     decision: str = ""
     """Why this many tokens were drafted, where that was left open."""
 
+    @classmethod
+    def of_plain(cls, cost: GenerationStats, *, drafter, rule, memory) -> "SpeculationStats":
+        """Of a call that did not draft, because of what the memory says; plain decoding loses nothing, whatever the rule."""
+        passes = cost.num_tokens - cost.num_images
+        return cls(
+            cost.num_images, cost.num_tokens, cost.target_passes, cost.seconds, drafter=drafter.name, rule=str(rule), image_passes=passes,
+            accepted=(passes,), break_even=memory.break_even, decision=memory.decision,
+        )  # fmt: skip
+
     @property
     def accepted_per_step(self) -> float:
         """Mean tokens that a pass gave to an image."""

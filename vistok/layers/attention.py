@@ -10,25 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.layers import native
 from vistok.layers.norms import plain_layer_norm
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None) -> Tensor:
-    """torch's scaled_dot_product_attention, [B, h, T, d]; a step of decoding, T = 1, without a mask on a CPU, by our own (`native`).
-
-    torch's takes five times as long there as reading the keys and values does.
-    """
-    is_step = q.shape[2] == 1 and mask is None and not is_causal and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if is_step and q.is_cpu and _is_plain(q, k, v) and native.is_available():
-        return native.attend(q, k, v, q.shape[3] ** -0.5 if scale is None else scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
-
-
-def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    d = q.shape[3]
-    same = q.dtype == k.dtype == v.dtype == torch.float32 and k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[3] == d
-    return same and d % 8 == 0 and q.numel() > 0 and k.stride()[2:] == v.stride()[2:] == (d, 1)
 
 
 class Attention(nn.Module):
@@ -80,7 +62,7 @@ class Attention(nn.Module):
         q, k = (qk if rotate is None else rotate(qk)).unbind()
         if cache is not None:
             k, v = cache(k, v)
-        out = attend(q, k, v, mask=mask, is_causal=is_causal, scale=self.scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.scale)
         return self.proj(out.transpose(1, 2).reshape(B, T, D))
 
 

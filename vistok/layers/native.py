@@ -1,4 +1,4 @@
-"""Products, norms and attention of a few rows in C (`rows.c`): built once a machine by its compiler, and done without where there is none.
+"""Products and norms of a few rows in C (`rows.c`): built once a machine by its compiler, and done without where there is none.
 
 torch's own products of two rows read a matrix at half the speed or less. The library is built in a second, by `cc -O3 -march=native`, into
 `~/.cache/vistok` (or `$XDG_CACHE_HOME/vistok`), and checked against torch before it is used. On anything but Linux, without a compiler, or
@@ -45,19 +45,6 @@ def linear_rows(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Te
     return y
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T) v of one query a row; no gradient.
-
-    q: [B, h, 1, d]. k, v: [B, h, S, d], the last two axes without gaps. All float32 on the CPU, d a multiple of 8, and unchecked.
-    """
-    (B, h, S, d), q = k.shape, q.contiguous()
-    y, scores = torch.empty_like(q), q.new_empty(B * h, S)
-    strides = (*k.stride()[:2], *v.stride()[:2])
-    addresses = (part.data_ptr() for part in (q, k, v, scores, y))
-    _library().attend(*addresses, B, h, S, d, *strides, scale, torch.get_num_threads())
-    return y
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean x^2 + eps) weight; no gradient. x: [..., D], weight: [D], both float32 on the CPU, and unchecked."""
     x, D = x.contiguous(), x.shape[-1]
@@ -75,9 +62,8 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_build(compiler)))
         library.linear_rows.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 3 + [ctypes.c_int]
         library.rms_norm.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2 + [ctypes.c_float]
-        library.attend.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_long] * 8 + [ctypes.c_float, ctypes.c_int]
-        library.use_threads.argtypes = [ctypes.c_void_p] * 2
-        for function in (library.linear_rows, library.rms_norm, library.attend, library.use_threads):
+        library.use_threads.argtypes = [ctypes.c_void_p] * 3
+        for function in (library.linear_rows, library.rms_norm, library.use_threads):
             function.restype = None
         library.use_threads(*_threads())
     except (OSError, AttributeError, subprocess.SubprocessError):
@@ -105,14 +91,15 @@ def _build(compiler: str) -> Path:
     return path
 
 
-def _threads() -> tuple[int | None, int | None]:
-    """Addresses of `GOMP_parallel` and `omp_get_thread_num` in the OpenMP runtime that torch has loaded; a second would fight for cores."""
+def _threads() -> list[int | None]:
+    """Addresses of three functions of the OpenMP runtime that torch has loaded, or None: a runtime of our own would fight for cores."""
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     for path in sorted(path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))):
         runtime = ctypes.CDLL(path)
         if hasattr(runtime, "GOMP_parallel"):
-            return tuple(ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in ("GOMP_parallel", "omp_get_thread_num"))
-    return None, None
+            return [ctypes.cast(getattr(runtime, name), ctypes.c_void_p).value for name in names]
+    return [None] * len(names)
 
 
 def _is_right(library: ctypes.CDLL) -> bool:

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.layers.attention import attend
 from vistok.layers.kv_cache import KVCache
 from vistok.layers.norms import plain_layer_norm
 from vistok.layers.rope import rotate
@@ -167,7 +166,7 @@ class PattentionAttention(nn.Module):
             q, k = rotate(q), rotate(k)
         if cache is not None:
             k, v = cache(k, v)
-        out = attend(q, k, v, mask=mask, is_causal=is_causal)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.proj(out.transpose(1, 2).reshape(B, T, D))
 
     def grow(self, num_new: int, **options) -> None:

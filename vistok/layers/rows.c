@@ -1,4 +1,4 @@
-/* What a step of decoding does with few rows: y = x W^T at the speed at which W can be read, norms, and attention of one query a row.
+/* What a step of decoding does with few rows: y = x W^T at the speed at which W can be read, and norms.
 
    What limits such a product is how fast one thread can fetch W. Each thread therefore reads four distant parts of it side by side,
    which keeps four of the processor's prefetchers busy, and uses what it read for all rows at once. W lies as it is; nothing is packed.
@@ -80,9 +80,9 @@ LOAD_END(i8, int8_t)
             }                                                                                                                              \
     }
 
-struct job { const void *w; const float *x, *scale, *bias; float *y; long R, K, O; int num_threads; };
+struct job { const void *w; const float *x, *scale, *bias; float *y; long R, K, O; int is_parallel; };
 
-static int (*thread_number)(void);
+static int (*thread_number)(void), (*team_size)(void); /* which may be less than was asked for */
 static void (*run_in_parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 /* Thread n of N does the n-th part of each of the four quarters of the outputs, and the last thread the outputs that are left over. */
@@ -91,14 +91,15 @@ static void (*run_in_parallel)(void (*)(void *), void *, unsigned, unsigned);
     static void work_##NAME(void *data)                                                                                                    \
     {                                                                                                                                      \
         const struct job *job = data;                                                                                                      \
-        long K = job->K, O = job->O, R = job->R, quarter = O / 4, n = job->num_threads > 1 ? thread_number() : 0;                          \
-        long end = quarter * (n + 1) / job->num_threads;                                                                                   \
-        for (long o = quarter * n / job->num_threads; o < end; o++)                                                                        \
+        long K = job->K, O = job->O, R = job->R, quarter = O / 4;                                                                          \
+        long n = job->is_parallel ? thread_number() : 0, num = job->is_parallel ? team_size() : 1;                                         \
+        long end = quarter * (n + 1) / num;                                                                                                \
+        for (long o = quarter * n / num; o < end; o++)                                                                                     \
             for (long r = 0; r < R; r += 3) /* all rows before the next output: its weights are still in the cache */                      \
                 if (R - r == 1) NAME##_4_1(ARGUMENTS(T, o), quarter);                                                                      \
                 else if (R - r == 2) NAME##_4_2(ARGUMENTS(T, o), quarter);                                                                 \
                 else NAME##_4_3(ARGUMENTS(T, o), quarter);                                                                                 \
-        if (n < job->num_threads - 1) return;                                                                                              \
+        if (n < num - 1) return;                                                                                                           \
         for (long o = 4 * quarter; o < O; o++)                                                                                             \
             for (long r = 0; r < R; r += 3)                                                                                                \
                 if (R - r == 1) NAME##_1_1(ARGUMENTS(T, o), 0);                                                                            \
@@ -113,18 +114,17 @@ WORK(f32, float)
 WORK(i8, int8_t)
 
 /* The OpenMP runtime that torch runs on, handed over so that there is one team of threads. Without: one thread. */
-void use_threads(void *parallel, void *number)
+void use_threads(void *parallel, void *number, void *size)
 {
     run_in_parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
-    thread_number = (int (*)(void))number;
+    thread_number = (int (*)(void))number, team_size = (int (*)(void))size;
 }
 
 void linear_rows(const void *w, const float *x, const float *scale, const float *bias, float *y, long R, long K, long O, int num_threads)
 {
-    int threads = run_in_parallel && O * K >= 1 << 16 ? num_threads : 1;
-    struct job job = {w, x, scale, bias, y, R, K, O, threads};
+    struct job job = {w, x, scale, bias, y, R, K, O, run_in_parallel && num_threads > 1 && O * K >= 1 << 16};
     void (*work)(void *) = scale ? work_i8 : work_f32;
-    if (threads > 1) run_in_parallel(work, &job, threads, 0);
+    if (job.is_parallel) run_in_parallel(work, &job, num_threads, 0);
     else work(&job);
 }
 
@@ -139,54 +139,4 @@ void rms_norm(const float *x, const float *weight, float *y, long R, long K, flo
         float factor = 1 / sqrtf(total(squares) / K + eps);
         for (k = 0; k < K; k++) y[k] = x[k] * factor * weight[k];
     }
-}
-
-/* softmax(scale q k^T) v of one query for each of the heads of all rows. k and v lie as [rows, heads, S, d] with gaps between heads and
-   between rows, as in a cache; q and y without. d is a multiple of 8. scores [rows heads, S] is room to work in. */
-struct attention {
-    const float *q, *k, *v; float *scores, *y; long rows, heads, S, d, k_row, k_head, v_row, v_head; float scale; int num_threads;
-};
-
-/* N 8 channels of the weighted sum; N sums stay in registers. */
-#define WEIGHTED_SUM(N)                                                                                                                    \
-    static inline void weighted_sum_##N(const float *v, const float *weights, float factor, float *y, long S, long d)                      \
-    {                                                                                                                                      \
-        vec sums[N] = {};                                                                                                                  \
-        for (long s = 0; s < S; s++) {                                                                                                     \
-            vec weight = {weights[s], weights[s], weights[s], weights[s], weights[s], weights[s], weights[s], weights[s]};                 \
-            for (int i = 0; i < N; i++) sums[i] = add_product(sums[i], weight, load_f32(v + s * d + i * WIDTH));                           \
-        }                                                                                                                                  \
-        for (int i = 0; i < N; i++) *(vec *)(y + i * WIDTH) = sums[i] * factor;                                                            \
-    }
-WEIGHTED_SUM(1)
-WEIGHTED_SUM(8)
-
-static void attend_part(void *data)
-{
-    const struct attention *job = data;
-    long S = job->S, d = job->d, num = job->rows * job->heads, n = job->num_threads > 1 ? thread_number() : 0;
-    for (long i = num * n / job->num_threads; i < num * (n + 1) / job->num_threads; i++) {
-        const float *q = job->q + i * d, *k = job->k + i / job->heads * job->k_row + i % job->heads * job->k_head;
-        const float *v = job->v + i / job->heads * job->v_row + i % job->heads * job->v_head;
-        float *scores = job->scores + i * S, *y = job->y + i * d, largest = -INFINITY, sum = 0;
-        for (long s = 0; s < S; s++) {
-            vec products = {};
-            for (long c = 0; c < d; c += WIDTH) products = add_product(products, load_f32(q + c), load_f32(k + s * d + c));
-            scores[s] = total(products) * job->scale;
-            if (!(scores[s] <= largest)) largest = scores[s]; /* takes a NaN on, as torch does */
-        }
-        for (long s = 0; s < S; s++) sum += scores[s] = expf(scores[s] - largest);
-        long c = 0;
-        for (; c + 8 * WIDTH <= d; c += 8 * WIDTH) weighted_sum_8(v + c, scores, 1 / sum, y + c, S, d);
-        for (; c < d; c += WIDTH) weighted_sum_1(v + c, scores, 1 / sum, y + c, S, d);
-    }
-}
-
-void attend(const float *q, const float *k, const float *v, float *scores, float *y, long rows, long heads, long S, long d, long k_row,
-            long k_head, long v_row, long v_head, float scale, int num_threads)
-{
-    int threads = run_in_parallel && rows * heads * S * d >= 1 << 15 ? num_threads : 1;
-    struct attention job = {q, k, v, scores, y, rows, heads, S, d, k_row, k_head, v_row, v_head, scale, threads};
-    if (threads > 1) run_in_parallel(attend_part, &job, threads, 0);
-    else attend_part(&job);
 }

@@ -55,6 +55,14 @@ def test_every_family_of_vit_is_reduced_and_left_as_it_was(family):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_prefix_tokens_that_may_be_merged_count_as_patches():
+    model = build("distilled")
+    for protected, removed in ((None, 4), (1, 5)):  # floor(0.3 T) of T = 16 patches, or 17 with the distillation token
+        with vistok.prune(model, "pitome", layer_keep_ratio=0.7, num_protected_prefix=protected) as pruned:
+            model(images())
+        assert pruned.stats().num_tokens[:2] == (18, 18 - removed)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_every_token_changes_no_bit(family):
     model, x = build(family), images()

@@ -6,6 +6,7 @@ environment variable VISTOK_GOLDEN, or tests/golden.
 
 import ast
 import json
+import math
 import operator
 import os
 from pathlib import Path
@@ -73,14 +74,19 @@ _OPERATORS = {
 }  # fmt: skip
 
 
+_FUNCTIONS = {"min": min, "max": max, "abs": abs, "sqrt": math.sqrt, "exp": math.exp, "cos": math.cos, "sin": math.sin}
+
+
 def arithmetic(text: str):
-    """A function of t from an expression of numbers, t, + - * / ** and parentheses, without eval."""
+    """A function of t from an expression of numbers, t, pi, + - * / **, parentheses and a few functions, without eval."""
 
     def value(node: ast.AST, t: float) -> float:
         if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
             return node.value
-        if isinstance(node, ast.Name) and node.id == "t":
-            return t
+        if isinstance(node, ast.Name) and node.id in ("t", "pi"):
+            return t if node.id == "t" else math.pi
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and not node.keywords:
+            return _FUNCTIONS[node.func.id](*(value(argument, t) for argument in node.args))
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             return _OPERATORS[type(node.op)](value(node.left, t), value(node.right, t))
         if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:

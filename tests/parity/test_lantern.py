@@ -12,7 +12,7 @@ from vistok.decoding.drafting import best_nodes_tree
 from vistok.decoding.trees import TreeTemplate, ancestor_mask, leaf_paths
 
 FAMILY = "lantern"
-DRAWS = 10  # tokens that every expanded node of a static tree draws
+DRAWS = 10  # tokens that every expanded node of a static tree draws, unless the case says another TOPK
 
 
 def _io(golden, group: str) -> dict[str, torch.Tensor]:
@@ -104,12 +104,13 @@ def _dynamic(golden, group):
 
 def _template(golden, group):
     template = TreeTemplate.from_choices(golden.spec["groups"][group]["choices"])
+    said = re.search(r"TOPK=(\d+)", golden.spec["groups"][group].get("what", ""))
     paths, rows = template.paths, torch.tensor(template.level_rows)
     results = {
         "out.attn_mask": template.mask,
         "out.position_ids": template.depths,
         "out.retrieve_indices": paths,
-        "out.tree_indices": template.token_slots(DRAWS),
+        "out.tree_indices": template.token_slots(int(said[1]) if said else DRAWS),
         "out.parent_row": rows[paths],  # where the path has ended, the reference's entry is the last node's
     }
     _compare(golden, group, results)

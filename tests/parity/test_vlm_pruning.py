@@ -77,6 +77,7 @@ INPUTS = {"vscan_merge": {"mask"}}
 
 def test_a_method_gives_what_its_reference_function_gives(golden):
     method = golden.spec["method"]
+    assert method in METHODS, f"{golden.folder}: method {method} is not understood by this test"
     results = METHODS[method](golden.io, golden.spec["options"])
     outputs = {"out", "idx", "mask", "score"} - INPUTS.get(method, set())
     assert set(results) == outputs & set(golden.io), f"{golden.folder} is not understood by this test"

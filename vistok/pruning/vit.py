@@ -193,7 +193,9 @@ class PrunedViT(Hooked):
         if view.layer == 0:
             patches = N - view.num_prefix
             if patches not in self._schedule:
-                self._schedule[patches] = self.strategy.counts(view.num_layers, patches)
+                protected = getattr(self.strategy, "num_protected_prefix", None)  # the others are merged, so they count as patches
+                mergeable = patches if protected is None else N - min(protected, view.num_prefix)
+                self._schedule[patches] = self.strategy.counts(view.num_layers, mergeable)
             self._batch_size, self._device = B, args[0].device
             view.entry = _Entry(N)
             if self.timed:

@@ -26,8 +26,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 """File names that count as images in a folder, in any case."""
 
-FONT_SIZE = 14  # of the titles of a strip, in pixels
-
 # EXIF tag 274 -> what undoes it (EXIF 2.32, section 4.6.4)
 ORIENTATION_TAG = 274
 UPRIGHT = {
@@ -272,6 +270,7 @@ def make_strip(
     column_titles: Sequence[str] | None = None,
     row_titles: Sequence[str] | None = None,
     padding: int = 4,
+    font_size: int = 14,
 ) -> Image.Image:
     """A table of images with titles: one row per entry of `rows`, as in "original, 1, 4, 16, 64 tokens".
 
@@ -284,7 +283,7 @@ def make_strip(
     for titles, expected, what in ((column_titles, num_columns, "column"), (row_titles, len(table), "row")):
         if titles is not None and len(titles) != expected:
             raise ValueError(f"{len(titles)} {what} titles for {expected} {what}s")
-    font = ImageFont.load_default(size=FONT_SIZE)
+    font = ImageFont.load_default(size=font_size)
 
     def text_width(text: str) -> int:
         return int(np.ceil(font.getlength(text)))
@@ -292,9 +291,9 @@ def make_strip(
     widths = [max(row[j].width for row in table if j < len(row)) for j in range(num_columns)]
     if column_titles is not None:
         widths = [max(width, text_width(title)) for width, title in zip(widths, column_titles, strict=True)]
-    heights = [max(max((picture.height for picture in row), default=0), FONT_SIZE) for row in table]
+    heights = [max(max((picture.height for picture in row), default=0), font_size) for row in table]
     left = max(map(text_width, row_titles)) + 2 * padding if row_titles else padding
-    top = FONT_SIZE + 2 * padding + 2 if column_titles is not None else padding
+    top = font_size + 2 * padding + 2 if column_titles is not None else padding
     strip = Image.new("RGB", (left + sum(widths) + padding * num_columns, top + sum(heights) + padding * len(table)), "white")
     draw = ImageDraw.Draw(strip)
     y = top

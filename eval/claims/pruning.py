@@ -38,6 +38,8 @@ from eval.pruning_measure import (
 )  # fmt: skip
 from vistok.metrics import command_line
 from vistok.metrics.protocol import machine
+from vistok.pruning.learned_vit import GatedTokens
+from vistok.pruning.strategies import create_strategy
 
 VIT_BUDGETS = (0.5, 0.4, 0.35, 0.25)
 VLM_BUDGETS = (0.5, 0.25, 0.12)
@@ -73,6 +75,10 @@ VLM_INSIDE = {
 }
 
 
+GATE_SHARES = (0.5, 0.25)
+GATE_BASELINES = {"uniform": "uniform", "class-token attention": "cls", "ToMe": "tome"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Compare methods of token reduction on the bundled subjects."""
@@ -89,6 +95,8 @@ class Config:
     """The vision-language model; "" leaves that part out."""
     learned: tuple[str, ...] = ("vistok/emoji-vlm-atp",)
     """Pruners of `vistok train pruner --target VLM`: bundled names or run folders; each is compared in its own stages."""
+    gate: str = ""
+    """A run of `vistok train pruner --recipe vit-gate-emoji`, compared with methods that leave as many patches in the same layers."""
 
 
 class Store:
@@ -158,6 +166,15 @@ def measure_vit(store: Store, config: Config) -> None:
                 continue
             jobs.append((f"vit/{name}/{budget}", lambda strategy=strategy: run_vit(model, images, labels, logits, strategy)[0]))
         jobs.append((f"vit/smaller picture/{budget}", lambda budget=budget: run_lower_resolution(model, images, labels, logits, budget)))
+    if config.gate:
+        gate = vistok.load(config.gate)
+        for share in GATE_SHARES:
+            gated = GatedTokens(gate=gate, keep_ratio=share)
+            counts = list(gated.counts(len(model.blocks), model.patch_embed.num_patches))
+            settings = {"delete gate": gated} | {name: create_strategy(method, r=counts) for name, method in GATE_BASELINES.items()}
+            settings |= {f"random {seed}": create_strategy("random", r=counts, seed=seed) for seed in config.seeds}
+            for name, strategy in settings.items():
+                jobs.append((f"vit-gate/{name}/{share}", lambda strategy=strategy: run_vit(model, images, labels, logits, strategy)[0]))
     for key, job in tqdm(jobs, desc="classifier", disable=None):
         store.measure(key, job)
 
@@ -186,13 +203,16 @@ def measure_vlm(store: Store, config: Config) -> None:
     for key, run in tqdm(jobs, desc="vision-language model", disable=None):
         store.measure(key, run)
     store.rows["vlm/unpruned/1"]["kinds"] = asked.kinds
-    for name in config.learned:
-        measure_learned(store, config, vistok.load(name), model, asked, reference)
+    pruners = [vistok.load(name) for name in config.learned]
+    kinds = [type(pruner).__name__ for pruner in pruners]
+    for number, (pruner, kind) in enumerate(zip(pruners, kinds)):
+        before = kinds[:number].count(kind)
+        measure_learned(store, config, pruner, f"{kind} ({before + 1})" if before else kind, model, asked, reference)
 
 
-def measure_learned(store: Store, config: Config, pruner, model, asked: Asked, reference) -> None:
+def measure_learned(store: Store, config: Config, pruner, title: str, model, asked: Asked, reference) -> None:
     """A learned pruner, and what keeps as many tokens after the same stages without learning anything."""
-    title, layers = type(pruner).__name__, pruner.settings.layers
+    layers = pruner.settings.layers
     keys = [f"vlm-learned/{name}/learned" for name in (title, *learned_baselines(title, config.seeds))]
     if all(key in store.rows for key in keys):
         return

@@ -48,6 +48,12 @@ INSIDE_CLAIMS = (
     ("DART beats FastV", "DART", "FastV"),
     ("PyramidDrop beats random in the same stages", "PyramidDrop", "random in stages"),
 )
+GATE_CLAIMS = (
+    ("the delete gate beats random", "delete gate", RANDOM),
+    ("the delete gate beats evenly spaced patches", "delete gate", "uniform"),
+    ("the delete gate beats the class token's attention", "delete gate", "class-token attention"),
+    ("the delete gate beats ToMe", "delete gate", "ToMe"),
+)
 LEARNED_CLAIMS = (
     ("beats PyramidDrop at as many tokens after the same stages", "PyramidDrop"),
     ("beats FastV at as many tokens from its first stage on", "FastV"),
@@ -95,6 +101,9 @@ def markdown(rows: dict[str, dict], about: dict) -> str:
         *_table(rows, "vit", "share of multiply-adds left, classifier"),
         *_verdicts(rows, "vit", VIT_CLAIMS),
     ]
+    if "vit-gate" in {key.split("/")[0] for key in rows}:
+        lines += _table(rows, "vit-gate", "share of patches left behind the last gate")
+        lines += _verdicts(rows, "vit-gate", GATE_CLAIMS)
     if "vlm/unpruned/1" in rows:
         lines += [*_kinds(rows), *_table(rows, "vlm", "share of visual tokens left before the language model")]
         lines += _verdicts(rows, "vlm", VLM_CLAIMS)

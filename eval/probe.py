@@ -16,6 +16,7 @@ import tyro
 
 import vistok
 from vistok.metrics import command_line
+from vistok.metrics.evaluate import trained_image_size
 from vistok.metrics.protocol import Evaluation
 from vistok.metrics.understanding import BASELINES, evaluate_probe
 
@@ -59,10 +60,10 @@ class Config:
 def main(config: Config) -> None:
     """Load, measure, print, save."""
     model = vistok.load(config.model).to(config.device).eval()
-    size = config.image_size or model.config.get("image_size")
-    if size is None:
-        raise SystemExit(f"{config.model} does not say at which size it was trained: give --image-size")
-    size = size if isinstance(size, int) else tuple(size)
+    try:
+        size = config.image_size or trained_image_size(model)
+    except ValueError as error:
+        raise SystemExit(f"{config.model}: {error}") from None
     train, test = (vistok.open_dataset(config.data, image_size=size, split=split, label=config.label) for split in ("train", "test"))
     sources = config.features or (("ids", "features") if hasattr(model, "encode") else ("features",))
     result = evaluate_probe(

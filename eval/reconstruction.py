@@ -17,7 +17,7 @@ import tyro
 import vistok
 from vistok.image import make_strip
 from vistok.metrics import as_saved, command_line, evaluate_reconstruction
-from vistok.metrics.evaluate import with_image_size
+from vistok.metrics.evaluate import trained_image_size, with_image_size
 from vistok.metrics.sources import batches, choose
 
 
@@ -60,12 +60,11 @@ class Config:
 def main(config: Config) -> None:
     """Load, measure, print, save."""
     tokenizer = vistok.load(config.model).to(config.device).eval()
-    image_size = config.image_size or tokenizer.config.get("image_size")
-    if image_size is None:
-        raise SystemExit(f"{config.model} does not say at which size it was trained: give --image-size")
-    dataset = vistok.open_dataset(
-        config.data, image_size=image_size if isinstance(image_size, int) else tuple(image_size), split=config.split
-    )
+    try:
+        size = config.image_size or trained_image_size(tokenizer)
+    except ValueError as error:
+        raise SystemExit(f"{config.model}: {error}") from None
+    dataset = vistok.open_dataset(config.data, image_size=size, split=config.split)
     given = {"num_steps": config.decode_steps, "guidance_scale": config.guidance_scale}
     options = {name: value for name, value in given.items() if value is not None}
     result = evaluate_reconstruction(

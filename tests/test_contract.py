@@ -11,6 +11,7 @@ import torch
 
 import vistok
 from vistok import registry
+from vistok.metrics.evaluate import trained_image_size
 from vistok.protocols import ImageTokenizer
 from vistok.tokens import VisualTokens
 
@@ -69,7 +70,7 @@ def tokenizer(request):
 
 @pytest.fixture(scope="module")
 def images(tokenizer):
-    H, W = tokenizer.settings.image_size
+    H, W = trained_image_size(tokenizer)
     return torch.rand(4, 3, H, W, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 

@@ -252,6 +252,17 @@ def with_image_size(tokenizer, decode_options: dict, image_size: tuple[int, int]
     return {"image_size": image_size, **decode_options} if "image_size" in _options_of_decode(tokenizer) else decode_options
 
 
+def trained_image_size(model) -> tuple[int, int]:
+    """(height, width) in pixels of the images a model was made for, from its settings.
+
+    Raises ValueError: a model of any size, which has to be told one.
+    """
+    size = getattr(getattr(model, "settings", None), "image_size", None)  # computed in some classes, so not in every config
+    if size is None:
+        raise ValueError(f"{type(model).__name__} does not say at which size it was trained: give the image size (--image-size)")
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def _effective_options(tokenizer, given: dict) -> dict:
     """Every option of `decode` with the value it will have: the protocol records defaults too.
 

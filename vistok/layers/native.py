@@ -66,7 +66,7 @@ def _library() -> ctypes.CDLL | None:
         for function in (library.linear_rows, library.rms_norm, library.use_threads):
             function.restype = None
         library.use_threads(*_threads())
-    except (OSError, AttributeError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):  # RuntimeError: no home
         return None
     return library if _is_right(library) else None
 
@@ -80,7 +80,8 @@ def _build(compiler: str) -> Path:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         home = Path(tempfile.mkdtemp(prefix="vistok-"))
-    if home.stat().st_uid != os.getuid() or not os.access(home, os.W_OK):  # what others can write is not run
+    owner, mode = home.stat().st_uid, home.stat().st_mode
+    if owner != os.getuid() or mode & 0o002 or not os.access(home, os.W_OK):  # what anybody can write is not run
         home = Path(tempfile.mkdtemp(prefix="vistok-"))
     path = home / f"rows-{key.hexdigest()[:16]}.so"
     if not path.exists():

@@ -7,7 +7,6 @@ import torch
 import vistok
 from vistok.pruning.learned import DeleteGate, DeleteGateConfig
 from vistok.pruning.learned_vit import GatedTokens, SoftViT
-from vistok.rng import image_generators
 
 
 def build(name: str = "vit_tiny_patch16_224", **options):
@@ -54,19 +53,6 @@ def test_the_loss_reaches_every_gate():
         (model(images).square().mean() + soft.kept[-1].mean()).backward()
     for name, parameter in gate.named_parameters():
         assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
-
-
-def test_gates_in_training_are_drawn_for_each_image():
-    model, gate, images = build()
-
-    def kept(rows: slice, numbers: list[int]):
-        with torch.no_grad(), SoftViT(model, gate, generators=image_generators(0, numbers)) as soft:
-            model(images[rows])
-        return soft.kept[0]
-
-    drawn = kept(slice(0, 3), [5, 6, 7])
-    torch.testing.assert_close(kept(slice(1, 2), [6]), drawn[1:2], atol=1e-5, rtol=1e-5)
-    assert (kept(slice(0, 3), [7, 6, 5])[0] - drawn[0]).abs().max() > 0.1
 
 
 def test_what_does_not_fit_is_refused():

@@ -1,14 +1,13 @@
 """MrT5's delete gate in vision transformers: gates read what a block's attention reads, and patches leave behind that block.
 
     gone_j = sigmoid(w . LN(x_j) + b)          x: the normalised input of block l - 1 (Kallini et al. 2024, arXiv 2410.20771)
-    training   -k gone_j is added to the logits for patch j in block l and all later ones, drawn with noise; all patches stay
+    training   -k gone_j is added to the logits for patch j in block l and all later ones; all patches stay
     in use     the patches with the smallest gone stay, as many as the schedule says, so that all images of a batch have one length
 
 The prefix (class token, registers) always stays. With patches hidden instead of dropped the class token is the same, which `SoftViT` with
 is_hard shows. B images, N tokens, P prefix tokens, T patches.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +20,6 @@ from vistok.pruning.learned import DeleteGate
 from vistok.pruning.methods import topk
 from vistok.pruning.plan import ReductionPlan
 from vistok.pruning.strategies import LayerView
-from vistok.rng import rand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +64,15 @@ class SoftViT(Hooked):
     """A gate on a timm vision transformer for training: all patches stay, their keys fade.
 
     After a forward `kept` holds [B, T] for each gate: the product of 1 - gone so far. keep_ratio: hide for good what `GatedTokens` with
-    that share would drop (masks of 0 and 1, no gradients). generators: one an image, to draw the gates' noise.
+    that share would drop (masks of 0 and 1, no gradients).
     """
 
-    def __init__(
-        self, model: nn.Module, gate: DeleteGate, *,
-        keep_ratio: float | None = None, generators: Sequence[torch.Generator] | None = None,
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, gate: DeleteGate, *, keep_ratio: float | None = None):
         parts = parts_of(model)
         check_mask(parts)
         if parts.tower is not None:
             raise ValueError(f"a gate is trained on a vision transformer of timm, not on {type(model).__name__}")
-        self.gate, self.num_prefix, self.kept, self.generators = gate, parts.num_prefix, [], generators
+        self.gate, self.num_prefix, self.kept = gate, parts.num_prefix, []
         depth = len(parts.blocks)
         self._strategy = None if keep_ratio is None else GatedTokens(gate=gate, keep_ratio=keep_ratio)
         GatedTokens(gate=gate, keep_ratio=1.0).counts(depth, 1)  # the gates stand within the model
@@ -100,9 +95,7 @@ class SoftViT(Hooked):
     def _stage(self, layer: int, x: Tensor) -> None:
         """x: [B, N, D], what the attention of the block before reads. Sets the bias [B, N] of this block and the later ones."""
         number = self.gate.settings.layers.index(layer)
-        patches = x[:, self.num_prefix :]
-        draws = () if self.generators is None else (rand(patches.shape[1:2], self.generators, device=x.device),)
-        gone = self.gate.stages[number].gone(patches, *draws)
+        gone = self.gate.stages[number].gone(x[:, self.num_prefix :])
         before = self.kept[-1] if self.kept else torch.ones_like(gone)
         if self._strategy is None:
             bias, kept = -self.gate.settings.strength * gone, 1 - gone

@@ -87,7 +87,7 @@ def vit_gate_tiny() -> Recipe:
 @recipe
 def vit_gate_emoji() -> Recipe:
     """Delete gates on emoji-vit, half of the patches left behind the last; two minutes on a CPU core."""
-    return Recipe("pruner", replace(_emoji(), data="scenes", image_size=48, max_steps=150), _vit_gate)
+    return Recipe("pruner", replace(_emoji(), data="scenes", image_size=48, batch_size=32, max_steps=100), _vit_gate)
 
 
 def _emoji() -> TrainConfig:
@@ -139,6 +139,6 @@ def _vit_gate(sources: Sources) -> TrainingTask:
     target, name, share = sources.target
     depth = len(target.blocks)
     layers = tuple(sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3)}))
-    config = GateTaskConfig(anneal_steps=90) if share is None else GateTaskConfig(anneal_steps=90, target=share)
+    config = GateTaskConfig() if share is None else GateTaskConfig(target=share)
     model = DeleteGate(DeleteGateConfig(layers=layers, width=target.embed_dim))
     return GateTask(model, target, config, target_name=name, held_out=sources.held_out)

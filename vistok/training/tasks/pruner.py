@@ -23,21 +23,7 @@ from vistok.training.tasks.vlm import QuestionBatch, VLMTask, VLMTaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Budget:
-    """A share of the tokens that a run comes down to."""
-
-    target: float
-    anneal_steps: int = 0
-    """Steps in which the target falls from everything to `target`: while it is near 1, the answers say which tokens go first."""
-
-    def target_at(self, step: int | Tensor) -> float | Tensor:
-        """The share that is aimed at in a step."""
-        left = 1 - step / self.anneal_steps if self.anneal_steps else 0.0
-        return self.target + (1 - self.target) * (left.clamp(min=0) if isinstance(left, Tensor) else max(0.0, left))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrunerTaskConfig(_Budget):
+class PrunerTaskConfig:
     """The budget and its weights."""
 
     target: float = 0.25
@@ -47,12 +33,19 @@ class PrunerTaskConfig(_Budget):
     late_weight: float = 0.05
     budget_weight: float = 0.2
     floor_weight: float = 0.2
+    anneal_steps: int = 0
+    """Steps in which the target falls from everything to `target`: while it is near 1, the answers say which tokens go first."""
 
     def __post_init__(self):
         if not 0 <= self.floor <= self.target <= 1 or self.target == 0:
             raise ValueError(f"floor={self.floor}, target={self.target} but 0 <= floor <= target <= 1 and target is not 0")
         if min(self.late_weight, self.budget_weight, self.floor_weight, self.anneal_steps) < 0:
             raise ValueError("weights of the budget and anneal_steps must not be negative")
+
+    def target_at(self, step: int | Tensor) -> float | Tensor:
+        """The share that is aimed at in a step."""
+        left = 1 - step / self.anneal_steps if self.anneal_steps else 0.0
+        return self.target + (1 - self.target) * (left.clamp(min=0) if isinstance(left, Tensor) else max(0.0, left))
 
 
 class PrunerTask(TrainingTask):
@@ -118,7 +111,7 @@ class PrunerTask(TrainingTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateTaskConfig(_Budget):
+class GateTaskConfig:
     """The budget of gates in a vision transformer and its weight."""
 
     target: float = 0.5
@@ -126,8 +119,8 @@ class GateTaskConfig(_Budget):
     budget_weight: float = 5.0
 
     def __post_init__(self):
-        if not 0 < self.target <= 1 or self.budget_weight < 0 or self.anneal_steps < 0:
-            raise ValueError(f"target={self.target} is in (0, 1], budget_weight={self.budget_weight} and anneal_steps not negative")
+        if not 0 < self.target <= 1 or self.budget_weight < 0:
+            raise ValueError(f"target={self.target} is in (0, 1], budget_weight={self.budget_weight} not negative")
 
 
 class GateTask(TrainingTask):
@@ -148,12 +141,12 @@ class GateTask(TrainingTask):
         """The loss of one micro batch; logs the share of patches behind each gate and how often the answer is the classifier's own."""
         with torch.no_grad():
             wanted = self.target(batch.images).log_softmax(dim=-1)
-        with SoftViT(self.target, self.model, generators=generators) as soft:
+        with SoftViT(self.target, self.model) as soft:
             logits = self.target(batch.images).log_softmax(dim=-1)
         distance = F.kl_div(logits, wanted, log_target=True, reduction="batchmean")
         kept = torch.stack([mask.mean() for mask in soft.kept])
-        stage = torch.arange(1, len(kept) + 1, device=kept.device)
-        budget = (kept - self.config.target_at(step) ** (stage / len(kept))).square().mean()
+        shares = GatedTokens(gate=self.model, keep_ratio=self.config.target).shares()
+        budget = (kept - torch.tensor(shares, device=kept.device)).square().mean()
         logs = {f"kept_{number}": share for number, share in enumerate(kept)}
         logs |= {"distance": distance, "agreement": (logits.argmax(dim=-1) == wanted.argmax(dim=-1)).float().mean()}
         return distance + self.config.budget_weight * budget, {name: value.detach() for name, value in logs.items()}

@@ -53,8 +53,10 @@ class ViTReport:
     """Multiply-adds of one image: stem, blocks at their true token counts, head. Matching and folding are not counted."""
     full_macs: int
     """The same without reduction."""
-    overhead_share: float | None
-    """Share of the forward's processor time spent on planning and folding; None unless attached with timed=True."""
+    planning_share: float | None
+    """Share of the forward's processor time spent on choosing: scores, similarities, matching; None unless attached with timed=True."""
+    folding_share: float | None
+    """The same for making the shorter sequence: sums of folded tokens, copies of kept ones."""
 
     @property
     def macs_ratio(self) -> float:

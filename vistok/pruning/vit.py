@@ -86,7 +86,7 @@ class PrunedViT(Hooked):
         self.model, self.strategy, self.timed = model, strategy, timed
         self._restores = restore or (self.parts.head_reads_patches and strategy.is_merging)
         self._handles, self._schedule, self._unfused = [], {}, []
-        self._seconds, self._start, self._total = 0.0, 0.0, 0.0
+        self._planning, self._folding, self._start, self._total = 0.0, 0.0, 0.0, 0.0  # processor seconds
         depth, prefix = len(self.parts.blocks), self.parts.num_prefix
         self._views = [_View(layer, depth, prefix, part, strategy.is_proportional) for layer, part in enumerate(self.parts.blocks)]
         self._last: _Entry | None = None
@@ -139,9 +139,9 @@ class PrunedViT(Hooked):
         self._require_forward()
         counts = (*[view.entry.num_tokens for view in self._views], self._last.num_tokens)
         full = (counts[0],) * len(counts)
-        share = self._seconds / self._total if self.timed else None
+        shares = [seconds / self._total if self.timed else None for seconds in (self._planning, self._folding)]
         cost = ViTCost.of(self.parts)
-        return ViTReport(counts, cost.macs(counts, at_block_end=self.strategy.at_block_end), cost.macs(full, at_block_end=True), share)
+        return ViTReport(counts, cost.macs(counts, at_block_end=self.strategy.at_block_end), cost.macs(full, at_block_end=True), *shares)
 
     def _require_forward(self) -> None:
         if self._last is None:
@@ -199,7 +199,7 @@ class PrunedViT(Hooked):
             self._batch_size, self._device = B, args[0].device
             view.entry = _Entry(N)
             if self.timed:
-                self._seconds, self._start = 0.0, time.process_time()
+                self._planning, self._folding, self._start = 0.0, 0.0, time.process_time()
         if view.entry is None or view.entry.num_tokens != N:
             raise RuntimeError(f"layer {view.layer} got {N} tokens: the blocks must run in order, each on what the one before returned")
         view.num_patches = self._views[0].entry.num_tokens - view.num_prefix
@@ -266,6 +266,7 @@ class PrunedViT(Hooked):
     def _fold(self, view: _View, x: Tensor) -> Tensor:
         start = time.process_time() if self.timed else 0.0
         view.plan = self.strategy.plan(view, view.count)
+        planned = time.process_time() if self.timed else 0.0
         merged, size = view.plan.merge(x, view.entry.size)
         position = None
         if view.rope is not None:
@@ -273,7 +274,8 @@ class PrunedViT(Hooked):
             position = view.plan.keep if before is None else view.plan.gather(before)
         view.after = _Entry(merged.shape[1], size, position)
         if self.timed:
-            self._seconds += time.process_time() - start
+            self._planning += planned - start
+            self._folding += time.process_time() - planned
         return merged
 
     def _restore_input(self, module: nn.Module, args: tuple):
@@ -318,7 +320,7 @@ def prune_vit(model: nn.Module, method: "str | Strategy", *, restore: bool = Fal
 
     method: "tome", "pitome", "zero_tprune", "random", "uniform", "cls", or a strategy object. options: the strategy's fields, for example
     r=13, keep=98 or keep_ratio=0.5. restore: a tower of transformers returns every token again, each patch what it was merged into, dropped
-    ones 0, so that whatever reads its grid goes on working. timed: measure the share of planning and folding (processor time).
+    ones 0, so that whatever reads its grid goes on working. timed: measure the shares of planning and of folding (processor time).
     """
     return PrunedViT(model, create_strategy(method, **options), restore=restore, timed=timed)
 

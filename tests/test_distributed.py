@@ -61,11 +61,10 @@ def test_two_processes_train_as_one_and_resume(tmp_path, data):
         forget_after(tmp_path / "two", 16)
 
 
+@pytest.mark.timeout(150)  # and does not wait for the dead one
 def test_when_one_process_dies_the_other_ends_with_an_error(tmp_path, data):
-    begin = time.monotonic()
     survivor, dead = exit_codes(launch(data, tmp_path / "run", task_class=training_toy.Dies))
     assert dead == 9 and survivor == 1
-    assert time.monotonic() - begin < 60
 
 
 def test_a_nan_in_one_process_stops_both_and_names_its_files(tmp_path, data):

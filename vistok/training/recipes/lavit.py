@@ -19,7 +19,7 @@ def lavit_tiny() -> Recipe:
 
 @recipe
 def lavit_emoji() -> Recipe:
-    """About 26 of up to 64 tokens of up to 1,024 codes for 64 px images, 2.9 M parameters; about 14 minutes on one CPU core."""
+    """About 26 of up to 64 tokens of up to 1,024 codes for 64 px images, 2.9 M parameters; about 11 minutes on one CPU core."""
     config = emoji_config(
         max_steps=2200, learning_rate=1e-3, weight_decay=0.02, warmup_steps=100, ema_decay=0.995, save_every=400, preview_every=800
     )

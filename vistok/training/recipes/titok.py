@@ -49,11 +49,12 @@ def titok_tiny_stage2() -> Recipe:
 
 @recipe
 def titok_emoji() -> Recipe:
-    """32 tokens of up to 1,024 codes for 64 px images, one stage, 2.6 M parameters; about 22 minutes on one CPU core."""
+    """32 tokens of up to 1,024 codes for 64 px images, one stage, 2.6 M parameters; 18 minutes on one CPU core."""
     config = emoji_config(
         max_steps=2200, learning_rate=1e-3, weight_decay=0.02, warmup_steps=100, ema_decay=0.995, save_every=500, preview_every=500
     )
-    return Recipe("tokenizer", config, _single(TITOK_EMOJI, CODEBOOK))
+    # with the weight of the tiny recipes every code is used and little said: 13.4 dB at the end against 17.0
+    return Recipe("tokenizer", config, _single(TITOK_EMOJI, dict(CODEBOOK, entropy_weight=0.01)))
 
 
 @recipe

@@ -14,7 +14,7 @@ def vqgan_tiny() -> Recipe:
 
 @recipe
 def vqgan_emoji() -> Recipe:
-    """64 tokens of up to 1,024 codes for 64 px images, 1.7 M parameters, by L2 alone; about 13 minutes on one CPU core."""
+    """64 tokens of up to 1,024 codes for 64 px images, 1.7 M parameters, by L2 alone; about 12 minutes on one CPU core."""
     config = emoji_config(max_steps=2400, save_every=400, preview_every=800)
     return Recipe("tokenizer", config, _vqgan("vqgan-64", LIVE_CODEBOOK))
 

@@ -110,8 +110,8 @@ def _vq(max_steps: int, vae: KLVAE | None) -> TrainingTask:
 def _titok(max_steps: int, vae: KLVAE | None) -> TrainingTask:
     config = TiTokConfig(
         image_size=(SIZE, SIZE), patch_size=8, decoder_patch_size=8, num_registers=32, encoder_width=128, encoder_depth=3, encoder_heads=4,
-        decoder_width=128, decoder_depth=3, decoder_heads=4, code_dim=16, codebook_size=CODEBOOK_SIZE, quantizer="clustered", cosine=True,
-        commitment_weight=0.1, entropy_weight=0.1,
+        decoder_width=128, decoder_depth=3, decoder_heads=4, code_dim=16, codebook_size=CODEBOOK_SIZE, quantizer="vq", cosine=True,
+        codebook_update="ema", kmeans_iterations=10, revive_after=10, commitment_weight=0.25, entropy_weight=0.01,
     )  # fmt: skip
     return TiTokTask(TiTok(config))
 
@@ -128,7 +128,7 @@ def _flextok(max_steps: int, vae: KLVAE | None) -> TrainingTask:
 
 
 def _seed(max_steps: int, vae: KLVAE | None) -> TrainingTask:
-    codes = dict(code_dim=16, codebook_size=CODEBOOK_SIZE, metric="cosine", commitment_weight=0.25, entropy_weight=0.1)
+    codes = dict(code_dim=16, codebook_size=CODEBOOK_SIZE, metric="cosine", commitment_weight=0.25, entropy_weight=0.01)
     config = SEEDConfig(
         image_size=(SIZE, SIZE),
         vision=SEEDVisionConfig(patch_size=8, width=96, depth=3, num_heads=4, hidden=256),

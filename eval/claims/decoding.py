@@ -4,7 +4,7 @@
     python -m eval.claims.decoding --num-samples 16 --repeats 1 --out /tmp/claims                        seconds; shows that it works
 
 Every setting makes the same images: image i has the same class and the same generator everywhere. Passes and fidelity come from large
-batches. Time is of the clock on the wall, so the machine should be idle, for one image at a time, the settings in turn within each repeat,
+batches. Time is of the clock on the wall, so the machine should be idle, for one image at a time, each setting beside the plain loop,
 as a ratio to the plain loop of that repeat; the median over the repeats is reported. Fidelity: the Frechet distance of conv features to
 samples of the plain loop with other seeds (two sets of those give the floor); to real training images; and the pixel distance to the plain
 loop's image of the same seed. Of a few hundred images these distances are mostly floor: they show a large loss, not a small one.
@@ -218,21 +218,26 @@ def measure(config: Config) -> dict:
 
 
 def speed(run: Runner, asked: list[Setting], config: Config) -> dict[str, dict]:
-    """Seconds of one image at a time, and ratios to the plain loop, which comes first, image by image.
+    """Seconds of one image at a time, and ratios to the plain loop (the first setting), which runs beside each of them, in turn first.
 
     The first repeats only warm up: what `num_draft_tokens="auto"` has found of drafting is then remembered, as in any longer use.
     """
-    clock = time.perf_counter
-    seconds = {setting.name: [] for setting in asked}
-    for repeat in range(-2, config.repeats):
-        for setting in asked:
-            began = clock()
-            run(setting, [max(repeat, 0)])
-            if repeat >= 0:
-                seconds[setting.name].append(clock() - began)
-    plain = seconds[asked[0].name]
-    ratios = {name: [a / b for a, b in zip(plain, own)] for name, own in seconds.items()}
-    return {name: {"seconds": median(own), "speedups": ratios[name], "speedup": median(ratios[name])} for name, own in seconds.items()}
+
+    def timed(setting: Setting, image: int) -> float:
+        began = time.perf_counter()
+        run(setting, [image])
+        return time.perf_counter() - began
+
+    found = {}
+    for setting in asked:
+        pairs = []
+        for repeat in range(-2, config.repeats):
+            both = [(asked[0], max(repeat, 0)), (setting, max(repeat, 0))]
+            own = [timed(*one) for one in (both if repeat % 2 else both[::-1])]
+            pairs.append(own if repeat % 2 else own[::-1])
+        ratios = [plain / seconds for plain, seconds in pairs[2:]]
+        found[setting.name] = {"seconds": median(seconds for _, seconds in pairs[2:]), "speedups": ratios, "speedup": median(ratios)}
+    return found
 
 
 def main(config: Config) -> None:

@@ -164,7 +164,7 @@ def markdown(results: dict) -> str:
     lines += [
         "",
         f"{about['model']}, guidance {about['guidance_scale']}, {about['num_samples']} images a setting. Speed-up: of one image at a time "
-        f"over the plain loop in turn, median of {about['repeats']}. Frechet(conv) between two plain sets: {about['floor']:.3f}. "
+        f"over the plain loop beside it, median of {about['repeats']}. Frechet(conv) between two plain sets: {about['floor']:.3f}. "
         f"Pixels: root mean square distance to the plain loop's image of the same seed; between seeds {about['pixel_floor']:.3f}. "
         "TV: total variation between the law a token was drawn from and the target's; - where the rule does not know it.",
         "",

@@ -104,8 +104,12 @@ def _threads() -> list[int | None]:
 
 
 def _is_right(library: ctypes.CDLL) -> bool:
-    """Whether it computes what torch does, on numbers that are exact in both."""
+    """Whether it computes what torch does: products, float and int8, of numbers that are exact in both, and a norm."""
     weight, x = torch.arange(9 * 21).view(9, 21) % 7 - 3.0, torch.arange(3 * 21).view(3, 21) % 5 - 2.0
-    y = torch.empty(3, 9)
+    y, norm, codes, ones = torch.empty(3, 9), torch.empty_like(x), weight.to(torch.int8), torch.ones(21)
     library.linear_rows(weight.data_ptr(), x.data_ptr(), None, None, y.data_ptr(), 3, 21, 9, 1)
-    return torch.equal(y, x @ weight.T)
+    is_right = torch.equal(y, x @ weight.T)
+    y.zero_()
+    library.linear_rows(codes.data_ptr(), x.data_ptr(), ones.data_ptr(), None, y.data_ptr(), 3, 21, 9, 1)
+    library.rms_norm(x.data_ptr(), ones.data_ptr(), norm.data_ptr(), 3, 21, 1e-6)
+    return is_right and torch.equal(y, x @ weight.T) and torch.allclose(norm, x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt())

@@ -1,7 +1,7 @@
 """Recipes of MaskGIT and RAR: generators over any tokenizer's tokens that do not go left to right only."""
 
 from vistok.training.recipes.registry import Recipe, Sources, recipe
-from vistok.training.recipes.shared import emoji_generator_config, imagenet_config, tiny_config
+from vistok.training.recipes.shared import emoji_generator_config, imagenet_config, require_all_tokens, tiny_config
 from vistok.training.task import TrainingTask
 
 EMOJI = dict(width=160, depth=4, num_heads=5, hidden=448)
@@ -54,8 +54,7 @@ def rar_imagenet256() -> Recipe:
 def _fields(sources: Sources) -> dict:
     """Config fields that the tokens decide. Raises ValueError: they are only a part of each image."""
     tokens = sources.tokens
-    if tokens.plan.num_tokens != tokens.layout.num_tokens:
-        raise ValueError(f"the token folder holds {tokens.plan.num_tokens} of {tokens.layout.num_tokens} tokens; this generator needs all")
+    require_all_tokens(tokens)
     return dict(
         codebook_size=tokens.codebook_size,
         layout_kind=tokens.layout.kind,

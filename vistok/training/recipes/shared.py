@@ -61,6 +61,19 @@ def square(image_size: int | None) -> dict:
     return {} if image_size is None else {"image_size": (image_size, image_size)}
 
 
+def require_all_tokens(tokens) -> None:
+    """Raises ValueError: the token folder holds only the first tokens of its images."""
+    held, needed = tokens.plan.num_tokens, tokens.layout.num_tokens
+    if held != needed:
+        raise ValueError(f"the token folder holds {held} of {needed} tokens; this generator needs all")
+
+
+def require_tokenizer(tokenizer, kind: type, name: str) -> None:
+    """Raises ValueError: the tokens of tokenizer `name` are not those of a `kind`."""
+    if not isinstance(tokenizer, kind):
+        raise ValueError(f"this generator needs the tokens of a {kind.__name__}; {name} is a {type(tokenizer).__name__}")
+
+
 def fitted_codebook_size(most: int, num_tokens: int, num_images: int | None) -> int:
     """`most` codes, halved until the data set's tokens are VECTORS_A_CODE a code."""
     size = most

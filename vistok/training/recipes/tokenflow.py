@@ -9,6 +9,8 @@ from vistok.training.recipes.shared import (
     emoji_generator_config,
     fitted_codebook_size,
     imagenet_config,
+    require_all_tokens,
+    require_tokenizer,
     tiny_config,
 )
 from vistok.training.task import TrainingTask
@@ -71,10 +73,8 @@ def _t2i(shape: dict, *, num_words: int, **task):
 
         tokens, parts = sources.tokens, sources.generator_task_parts()
         tokenizer = parts["tokenizer"]
-        if not isinstance(tokenizer, TokenFlow):
-            raise ValueError(f"this generator needs the tokens of a TokenFlow; {sources.tokenizer} is a {type(tokenizer).__name__}")
-        if tokens.plan.num_tokens != tokenizer.max_tokens:
-            raise ValueError(f"the token folder holds {tokens.plan.num_tokens} tokens an image; all {tokenizer.max_tokens} are needed")
+        require_tokenizer(tokenizer, TokenFlow, sources.tokenizer)
+        require_all_tokens(tokens)
         settings, classes = tokenizer.settings, tuple(tokens.classes)
         rows = num_words + 2 + len(classes)  # words, padding, classes, start
         config = TokenFlowT2IConfig(

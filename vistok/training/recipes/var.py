@@ -7,6 +7,8 @@ from vistok.training.recipes.shared import (
     emoji_generator_config,
     fitted_codebook_size,
     imagenet_config,
+    require_all_tokens,
+    require_tokenizer,
     tiny_config,
 )
 from vistok.training.task import TrainingTask
@@ -84,10 +86,8 @@ def _var(shape: dict, **task):
 
         tokens, parts = sources.tokens, sources.generator_task_parts()
         tokenizer = parts["tokenizer"]
-        if not isinstance(tokenizer, VARVQVAE):
-            raise ValueError(f"VAR needs the tokens of a VARVQVAE; {sources.tokenizer} is a {type(tokenizer).__name__}")
-        if tokens.plan.num_tokens != tokenizer.max_tokens:
-            raise ValueError(f"the token folder holds {tokens.plan.num_tokens} tokens an image, VAR needs all {tokenizer.max_tokens}")
+        require_tokenizer(tokenizer, VARVQVAE, sources.tokenizer)
+        require_all_tokens(tokens)
         classes = tuple(tokens.classes)
         model = VAR(VARConfig(codes=tokenizer.settings.codes, num_classes=len(classes), classes=classes, **shape)).read_codes_of(tokenizer)
         return GeneratorTask(model, GeneratorTaskConfig(**task), **parts)

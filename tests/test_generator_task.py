@@ -9,6 +9,7 @@ from vistok import rng
 from vistok.decoding import SamplingConfig, generate
 from vistok.tokens import TokenLayout, VisualTokens
 from vistok.training import TrainConfig, train
+from vistok.training.recipes import Sources, get_recipe
 from vistok.training.tasks.generator import GeneratorTask, GeneratorTaskConfig, TokenLoader, read_batch, token_loss
 
 SEQUENCE = dict(layout_kind="sequence", layout_shape=(12,))
@@ -72,6 +73,20 @@ def test_tokens_that_do_not_fit_the_generator_are_refused(folder):
         GeneratorTask(make(layout_kind="grid", layout_shape=(4, 4))).on_start(folder)
     with pytest.raises(ValueError, match="num_classes=2"):
         GeneratorTask(make(num_classes=2)).on_start(folder)
+
+
+@pytest.mark.parametrize("recipe", ["var-tiny", "tokenflow-t2i-tiny"])
+def test_a_recipe_refuses_the_tokens_of_another_tokenizer(folder, recipe):
+    with pytest.raises(ValueError, match="needs the tokens of a .*; vistok/emoji-fsq2d is a FSQ2D"):
+        get_recipe(recipe).build(Sources(tokenizer="vistok/emoji-fsq2d", tokens=folder))
+
+
+@pytest.mark.parametrize("recipe", ["maskgit-tiny", "rar-tiny", "tokenflow-t2i-tiny"])
+def test_a_recipe_refuses_a_folder_of_first_tokens(recipe, tmp_path):
+    tokens = VisualTokens.from_ids(torch.zeros(4, 5, dtype=torch.int64), TokenLayout("sequence", (12,)))
+    sources = Sources(tokenizer="vistok/emoji-tokenflow", tokens=token_folder(tmp_path / "tokens", tokens, codebook_size=200))
+    with pytest.raises(ValueError, match="holds 5 of 12 tokens"):
+        get_recipe(recipe).build(sources)
 
 
 def test_a_hundred_steps_learn_eight_sequences_by_heart(folder):
